@@ -266,8 +266,14 @@ def attend(q, k, v, seqlens):
         if flash_attn_varlen_func:
             return flash_attn_varlen_func(q, k, v, ends, ends, max(seqlens), max(seqlens), causal=True)
         return varlen_attn(q, k, v, ends, ends, max(seqlens), max(seqlens), window_size=(-1, 0), enable_gqa=True)
-    heads_first = [[x.transpose(0, 1)[None] for x in t.split(seqlens)] for t in (q, k, v)]  # (1, H, T_i, hd)
-    return torch.cat([attention(*qkv, causal=True)[0].transpose(0, 1) for qkv in zip(*heads_first)])
+    valid = torch.arange(max(seqlens), device=q.device) < torch.tensor(seqlens, device=q.device)[:, None]
+
+    def padded(x):  # (T, H, hd) -> (B, H, longest, hd); causal attention keeps the padding behind from every query
+        out = x.new_zeros(*valid.shape, *x.shape[1:])
+        out[valid] = x
+        return out.transpose(1, 2)
+
+    return attention(padded(q), padded(k), padded(v), causal=True).transpose(1, 2)[valid]
 
 
 class KVCache:

@@ -310,14 +310,18 @@ def feed(model, batch, autocast, objective="answers"):
 
 def contrast(model, tokens, pictures, seqlens, labels):
     """How a fresh vision encoder learns to see, as SigLIP and CLIP do: the mean projected token of a row's picture
-    should be nearest to the mean embedding of its own answers among all rows of the batch -> (sum of cross-entropies,
-    number of rows, no gates). The decoder's loss alone taught a fresh encoder next to nothing in the same time."""
+    should point where the sum of the embeddings of its own answers does, more than those of the other rows of the batch
+    -> (sum of cross-entropies, number of rows, no gates). The decoder's loss alone taught a fresh encoder next to
+    nothing in the same time."""
     if len(pictures) != len(seqlens):
         raise InputError(f"--objective contrast needs one picture a row, got {len(pictures)} in {len(seqlens)} rows")
     final = model.config.vision.num_hidden_layers
     pixels = torch.cat([p.crops[:1] for p in pictures]).to(model.device)
     seen = model.projector(model.vision(pixels, [final])[final]).mean(1)
-    said = torch.stack([model.decoder.embed_tokens(y[y != IGNORE]).mean(0) for y in labels.split(seqlens)])
+    answer, lens = labels != IGNORE, torch.tensor(seqlens, device=model.device)
+    words = model.decoder.embed_tokens(labels[answer])
+    row = torch.arange(len(lens), device=model.device).repeat_interleave(lens)[answer]  # of each word
+    said = words.new_zeros(seen.shape).index_add(0, row, words)
     scores = 20 * F.normalize(seen.float(), dim=-1) @ F.normalize(said.float(), dim=-1).T  # (B, B), temperature 1/20
     own = torch.arange(len(scores), device=scores.device)
     return F.cross_entropy(scores, own, reduction="sum"), len(own), {}
