@@ -400,7 +400,7 @@ def hold_out(seed: int, items: list, n: int) -> dict:
 
 
 def emoji_command(args) -> None:
-    pools = emoji_pools(args.seed)
+    pools = emoji_pools(args.seed, args.per_kind)
     splits = {"pretrain": args.pretrain, "train": args.train, **dict.fromkeys([*VALIDATION, "dev"], args.val)}
     splits = {split: n for split, n in splits.items() if n}
 
@@ -471,9 +471,11 @@ def main() -> None:
         return add
 
     add = command("emoji", emoji_command, "questions about the bundled drawings", "one is trained", 2500, 10_000)
-    add("--pretrain", type=int, default=40_000, help="rows that name one thing (default: %(default)s)")
-    add("--train", type=int, default=100_000, help="rows of all kinds (default: %(default)s)")
-    add("--vocabulary", type=int, default=4096, help="of the tokenizer that is trained (default: %(default)s)")
+    add("--per-kind", type=int, default=16, help="concepts of each kind, the plainest names first; 0: all, for longer "
+        "training (default: %(default)s)")  # fmt: skip
+    add("--pretrain", type=int, default=200_000, help="rows that name one thing (default: %(default)s)")
+    add("--train", type=int, default=150_000, help="rows of all kinds (default: %(default)s)")
+    add("--vocabulary", type=int, default=2048, help="of the tokenizer that is trained (default: %(default)s)")
     bundled = "the bundled nano model's"
     add = command("llava", llava_command, "LLaVA conversations, JSON or JSONL", bundled, 0, 1000)
     add("file", type=Path, help="a list of {image, conversations}, or one such record a line (.jsonl)")

@@ -167,10 +167,22 @@ def group(concepts: list, labels) -> dict:
     return dict(sorted(found.items()))
 
 
-def emoji_pools(seed: int) -> dict:
+def plainest(concepts: list, per_kind: int) -> list:
+    """The concepts of every kind with the fewest words in their names, at most per_kind of each (0: all) and three times
+    as many flags; all clocks and skin tones. How many names there are to learn decides how long a small model takes."""
+    kept = group(concepts, lambda c: ["flag of a country" if "country" in c else c["kind"] or "without a kind"])
+    for label, members in kept.items():
+        members.sort(key=lambda c: (len(c["name"].split()), c["id"]))
+        some = [c for c in members if not c.keys() & {"clock", "tone"}]
+        limit = per_kind * (3 if label == "flag of a country" else 1) or len(some)
+        kept[label] = some[:limit] + [c for c in members if c.keys() & {"clock", "tone"}]
+    return [c for members in kept.values() for c in members]
+
+
+def emoji_pools(seed: int, per_kind: int = 0) -> dict:
     """-> {part: what may be drawn there}; a concept is reduced to the artists it has in that part."""
     parts = {}
-    for concept in load_emoji()[0]["concepts"]:
+    for concept in plainest(load_emoji()[0]["concepts"], per_kind):
         for artist in concept["artists"]:
             part = parts.setdefault(part_of(seed, concept, artist), {})
             part.setdefault(concept["id"], dict(concept, artists=[]))["artists"].append(artist)
