@@ -25,6 +25,7 @@ level (0 = patch embeddings, i = after block i). Sequences lie end to end in one
 import dataclasses
 import functools
 import io
+import itertools
 import json
 import math
 import os
@@ -152,7 +153,7 @@ class Config:
     image_aspect_ratio: str = "anyres_max_9"  # "anyres" (no upper bound of tiles) | "pad" (one square crop)
     grid_pinpoints: tuple = ()  # canvases (w, h) that anyres may choose from; empty = all from 1x1 to 6x6 crops
     newline: bool = True  # LLaVA-OneVision ends every row of tiles with a learned vector; LLaVA-1.5 has none
-    template: str = "qwen_1_5"  # or "vicuna_v1"
+    template: str = "qwen_1_5"  # or "vicuna_v1": TEMPLATES
     eos_token_ids: tuple = (151645, 151643)
     repetition_penalty: float = 1.0  # default of generate(); LLaVA-OneVision's own checkpoints ship 1.1 and 1.05
 
@@ -1337,44 +1338,39 @@ def user_content(text, images):
     return [*places, "\n" + text] if images else [text]
 
 
+# What stands around the turns: system turn | before and behind a user's text | what ends an answer | what follows it.
+TEMPLATES = {
+    "qwen_1_5": ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n",
+                 "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>", "\n"),
+    "vicuna_v1": ("<s>A chat between a curious user and an artificial intelligence assistant. "
+                  "The assistant gives helpful, detailed, and polite answers to the user's questions. ",
+                  "USER: ", " ASSISTANT:", "</s>", ""),
+}
+
+
 def encode_chat(tokenizer, template, turns, start=True):
     """Conversation -> (ids list[int], answer list[bool]: True on what an assistant says and its end mark).
 
-    template: "qwen_1_5" or "vicuna_v1"; turns: [("user" | "assistant", text or list of texts and IMAGE_TOKEN), ...].
+    template: a key of TEMPLATES; turns: [("user" | "assistant", text or list of texts and IMAGE_TOKEN), ...].
     Every user's turn ends with what opens the answer. start=False continues behind a generated answer: its
     end mark instead of the system turn. Text is encoded apart from the special tokens around it, as LLaVA does.
     """
-    pieces = []  # (text or id, is answer)
+    def marks(text):  # a template's text -> list of texts and ids of special tokens
+        parts = re.split(r"(<\|im_start\|>|<\|im_end\|>|</?s>)", text)
+        return [tokenizer.id(part) if i % 2 else part for i, part in enumerate(parts) if part]
 
-    def add(*parts, answer=False):
-        for part in parts:
-            if isinstance(part, str) and pieces and isinstance(pieces[-1][0], str) and pieces[-1][1] == answer:
-                pieces[-1] = (pieces[-1][0] + part, answer)
-            else:
-                pieces.append((part, answer))
-
-    qwen = template == "qwen_1_5"
-    end = tokenizer.id("<|im_end|>" if qwen else "</s>")
-    im_start = tokenizer.id("<|im_start|>") if qwen else None
-    if qwen:
-        add(*([im_start, "system\nYou are a helpful assistant."] if start else []), end, "\n")
-    elif start:
-        add(tokenizer.id("<s>"), "A chat between a curious user and an artificial intelligence assistant. "
-            "The assistant gives helpful, detailed, and polite answers to the user's questions. ")
-    else:
-        add(end)
+    system, before, behind, end, then = TEMPLATES[template]
+    pieces = [(part, False) for part in marks(system if start else end + then)]  # (text or id, is answer)
     for role, content in turns:
         content = [content] if isinstance(content, str) else content
-        if role == "user":  # with what opens the answer
-            add(*((im_start, "user\n", *content, end, "\n", im_start, "assistant\n") if qwen
-                  else ("USER: ", *content, " ASSISTANT:")))
+        if role == "user":
+            pieces += [(part, False) for part in [*marks(before), *content, *marks(behind)]]
         else:
-            add(*content, end, answer=True)
-            if qwen:
-                add("\n")
+            pieces += [(part, True) for part in [*content, *marks(end)]] + [(part, False) for part in marks(then)]
     ids, answer = [], []
-    for part, is_answer in pieces:
-        new = tokenizer.encode(part) if isinstance(part, str) else [part]
+    for (is_text, is_answer), run in itertools.groupby(pieces, key=lambda piece: (isinstance(piece[0], str), piece[1])):
+        parts = [part for part, _ in run]
+        new = tokenizer.encode("".join(parts)) if is_text else parts  # neighbouring texts are encoded as one
         ids += new
         answer += [is_answer] * len(new)
     return ids, answer
