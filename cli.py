@@ -859,15 +859,14 @@ class CLI(nn.Module):
         raw, generation = read_json(folder / "config.json"), read_json(folder / "generation_config.json", {})
         key_map = read_json(key_map) if isinstance(key_map, (str, Path)) else key_map or {}
         tensors, tower = read_weights(folder), None
-        if not vision and raw.get("mm_vision_tower") and not any("patch_embedding" in name for name in tensors):
-            beside = folder / raw["mm_vision_tower"]
-            vision = beside if beside.is_dir() else raw["mm_vision_tower"]
+        if not any("patch_embedding" in name for name in tensors):
+            vision = vision or raw.get("mm_vision_tower")
         if vision:
             tower = read_json(fetch(vision) / "config.json")
-            tensors |= {name if name.startswith(TOWER_PARTS) else "vision_model." + name: tensor
+            tensors |= {"vision_model." + name.removeprefix("vision_model."): tensor
                         for name, tensor in read_weights(fetch(vision)).items()}
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        config = read_config(raw, shapes, tower, key_map, generation)
+        config, names = read_layout(raw, shapes, tower, key_map, generation)
         if fusion not in (None, "none", config.fusion):
             if config.fusion.routes or not config.vision:
                 raise InputError(f"{source}: cannot add fusion: it has "
@@ -876,7 +875,7 @@ class CLI(nn.Module):
                 fusion = fusion_preset(fusion, config.decoder.num_hidden_layers, config.vision.num_hidden_layers,
                                        gate_bias_init=-4.0)
             config = dataclasses.replace(config, fusion=fusion)
-        mapping, ignored, fresh = map_keys(shapes, config, key_map)
+        mapping, ignored, fresh = map_keys(names, shapes, config)
         notes = [f"ignored {n} tensors: {reason}" for reason, n in Counter(ignored.values()).items()]
         if fresh:
             notes.append(f"freshly initialised, not in {source}: {', '.join(p.rstrip('.') for p in fresh)}")
@@ -888,16 +887,15 @@ class CLI(nn.Module):
         with torch.device("meta"):
             model = CLI(config).eval()
         stored = {}  # our name -> tensors; q, k and v of a gate's attention may be stored apart, as name[0..2]
-        for name, ours in sorted(mapping.items(), key=lambda item: item[1]):
+        for ours, name in sorted(mapping.items()):
             stored.setdefault(ours.split("[")[0], []).append(tensors[name])
         if isinstance(dtype, str) and dtype not in DTYPES:
             raise InputError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
-        dtype = DTYPES.get(dtype, dtype) or stored["decoder.embed_tokens.weight"][0].dtype
-        for name, p in list(model.named_parameters()):
+        dtype, state = DTYPES.get(dtype, dtype) or stored["decoder.embed_tokens.weight"][0].dtype, {}
+        for name, p in model.named_parameters():
             parts = [t.to(device, dtype) for t in stored.get(name, [torch.empty(p.shape)])]
-            value = parts[0] if len(parts) == 1 else torch.cat(parts)
-            *path, leaf = name.split(".")
-            setattr(model.get_submodule(".".join(path)), leaf, nn.Parameter(value.view(p.shape)))  # no copy
+            state[name] = (parts[0] if len(parts) == 1 else torch.cat(parts)).view(p.shape)
+        model.load_state_dict(state, strict=False, assign=True)  # no copy; a tied head is not in it
         if config.decoder.tie_word_embeddings:
             model.lm_head.weight = model.decoder.embed_tokens.weight
         model.init_weights(fresh)
@@ -920,59 +918,140 @@ class CLI(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Weights: every published layout becomes ours by a handful of prefixes
+# Weights: every published layout becomes ours by a handful of rules
 
-PREFIXES = [  # published prefix -> ours; the first that fits wins
-    ("model.vision_tower.vision_tower.vision_model.", "vision."),  # LLaVA-NeXT, lmms-lab
-    ("model.vision_tower.vision_model.", "vision."),  # llava-hf since transformers 4.52
-    ("model.vision_tower.", "vision."),
-    ("vision_tower.vision_model.", "vision."),  # llava-hf before
-    ("vision_tower.", "vision."),  # transformers 5 saving in the older layout
-    ("vision_model.", "vision."),  # bare SigLIP or CLIP
-    ("model.mm_projector.", "projector."),
-    ("model.multi_modal_projector.linear_1.", "projector.0."),
-    ("model.multi_modal_projector.linear_2.", "projector.2."),
-    ("multi_modal_projector.linear_1.", "projector.0."),
-    ("multi_modal_projector.linear_2.", "projector.2."),
-    ("model.image_newline", "image_newline"),
-    ("language_model.model.", "decoder."),
-    ("language_model.lm_head.", "lm_head."),
-    ("model.language_model.", "decoder."),
-    ("model.agf.", "agf."),
-    ("model.amp.", "amp."),
-    ("model.", "decoder."),  # LLaVA-NeXT, and bare Qwen2 or LLaMA
+RENAMES = [  # published name -> ours, one after the other, behind the user's own patterns
+    (r"^(model\.|language_model\.)+", ""),  # lmms-lab, llava-hf and bare decoders
+    (r"^(embed_tokens|layers|norm)\.", r"decoder.\1."),
+    (r"^(vision_tower\.|vision_model\.)+(embeddings\.|encoder\.)?", "vision."),
+    (r"^mm_projector\.", "projector."),
+    (r"^multi_modal_projector\.linear_1\.", "projector.0."),
+    (r"^multi_modal_projector\.linear_2\.", "projector.2."),
 ]
 IGNORED = [  # on our names; nothing else is ever skipped
     (r".*rotary_emb\.inv_freq", "rotary frequencies are computed"),
     (r"vision\.(post_layernorm|head)\..*", "LLaVA reads the vision tower before its final norm and pooling head"),
     (r"vision\.position_ids", "positions are counted"),
-    (r"text_model\..*|(text|visual)_projection\.weight|logit_(scale|bias)", "text side of a contrastive model"),
+    (r"vision\.(text_model\.|(text|visual)_projection\.|logit_).*", "text side of a contrastive model"),
 ]
-TOWER_PARTS = ("vision_model.", "text_model.", "text_projection.", "visual_projection.", "logit_")
 BASE = (r"(vision|projector|lm_head|amp|agf)\.|image_newline$|"  # what is not to be guessed at
         r"decoder\.(embed_tokens|norm|layers\.\d+\.(self_attn|mlp|\w+norm))\.")
 HEADS = {1152: 16, 1024: 16, 768: 12}  # attention heads of the SigLIP and CLIP sizes; no tensor's shape tells them
 
 
-def our_names(shapes, key_map):
-    """{published name: shape} -> ({published name: our name}, FusionConfig or None) by the user's patterns, the
-    prefixes, and, for AMP and AGF tensors under names we do not know (the released CLI checkpoints'), by shape."""
-    names = {}
+def read_layout(raw, shapes, tower=None, key_map=None, generation=None):
+    """A checkpoint in any layout -> (Config, {published name: our name}).
+
+    raw: its parsed config.json; shapes: {published name: shape}, those of a separate vision encoder under
+    "vision_model."; tower: that encoder's config.json; generation: the parsed generation_config.json. What a shape
+    tells is read off the shape. Raises InputError for a layout or a feature that is not supported.
+    """
+    if raw.get("format") == "cross-layer-injection":
+        return Config.from_dict(raw), {name: name for name in shapes}
+    names, key_map, generation = {}, key_map or {}, generation or {}
     for name in shapes:
-        pattern = next((p for p in key_map.get("patterns", []) if re.search(p[0], name)), None)
-        prefix, new = next((p for p in PREFIXES if name.startswith(p[0])), ("", ""))
-        names[name] = re.sub(*pattern, name) if pattern else new + name[len(prefix) :]
-        if names[name].startswith("vision."):
-            names[name] = names[name].replace(".embeddings.", ".", 1).replace(".encoder.", ".", 1)
-    by_ours = {ours: shapes[name] for name, ours in names.items()}
-    if "decoder.embed_tokens.weight" not in by_ours or "vision.patch_embedding.weight" not in by_ours:
-        return names, None
-    D, Dv = by_ours["decoder.embed_tokens.weight"][1], by_ours["vision.patch_embedding.weight"][0]
-    names = {name: ours if re.match(BASE, ours) else guess(name, shapes[name], D, Dv) or ours
-             for name, ours in names.items()}
-    fused = any(ours.startswith(("amp.", "agf.")) for ours in names.values())
-    saved_by_us = any(name.startswith("vision.") for name in names)
-    return names, derive_fusion(names, shapes, key_map) if fused and not saved_by_us else None
+        names[name] = name
+        for pattern, new in [*key_map.get("patterns", []), *RENAMES]:
+            names[name] = re.sub(pattern, new, names[name])
+    ours = {names[name]: shape for name, shape in shapes.items()}
+    if "decoder.embed_tokens.weight" not in ours or "decoder.layers.0.self_attn.q_proj.weight" not in ours:
+        raise InputError(f"unknown layout (model_type {raw.get('model_type')!r}): no Qwen2 or LLaMA decoder among "
+                         f"{len(shapes)} tensors, the first of which is {min(shapes, default='none')}")
+
+    def count(part):
+        return 1 + max(int(m[1]) for name in ours if (m := re.match(part + r"\.layers\.(\d+)\.", name)))
+
+    text = raw.get("text_config") or raw
+    vocab, D = ours["decoder.embed_tokens.weight"]
+    heads = text.get("num_attention_heads", 32)
+    hd = text.get("head_dim") or D // heads
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    if rope.get("rope_type", rope.get("type", "default")) != "default":
+        raise InputError(f"config.json: rope scaling {rope} is not supported")
+    qwen = "decoder.layers.0.self_attn.q_proj.bias" in ours
+    decoder = DecoderConfig(
+        hidden_size=D, intermediate_size=ours["decoder.layers.0.mlp.gate_proj.weight"][0],
+        num_hidden_layers=count("decoder"), num_attention_heads=heads, head_dim=hd, vocab_size=vocab, qkv_bias=qwen,
+        num_key_value_heads=ours["decoder.layers.0.self_attn.k_proj.weight"][0] // hd,
+        rms_norm_eps=text.get("rms_norm_eps", 1e-6), rope_theta=text.get("rope_theta") or rope.get("rope_theta", 1e4),
+        tie_word_embeddings="lm_head.weight" not in ours,
+        max_position_embeddings=text.get("max_position_embeddings", 2048))
+    eos = generation.get("eos_token_id") or text.get("eos_token_id") or 2
+    eos = tuple(eos) if isinstance(eos, list) else (151645, 151643) if qwen and eos in (151643, 151645) else (eos,)
+    config = {"decoder": decoder, "template": "qwen_1_5" if qwen else "vicuna_v1", "eos_token_ids": eos,
+              "repetition_penalty": generation.get("repetition_penalty") or 1.0}
+    if "vision.patch_embedding.weight" not in ours:
+        return Config(vision=None, **config), names
+
+    v = (tower or {}).get("vision_config") or tower or raw.get("vision_config") or {}
+    Dv, _, patch, _ = ours["vision.patch_embedding.weight"]
+    clip = "vision.class_embedding" in ours
+    heads = v.get("num_attention_heads") or HEADS.get(Dv)
+    if not heads:
+        raise InputError(f'config.json does not say how many attention heads a vision encoder of width {Dv} has: add '
+                         f'"vision_config": {{"num_attention_heads": ..., "image_size": ...}}')
+    side = math.isqrt(ours["vision.position_embedding.weight"][0] - clip)
+    size = v.get("image_size") or (384 if (side, patch) == (27, 14) else side * patch)
+    # LLaVA drops the last block of a CLIP or of a bare SigLIP; inside a checkpoint SigLIP's is gone already
+    last = raw.get("vision_feature_layer", -2 if tower or clip else -1)
+    vision = VisionConfig(
+        kind="clip" if clip else "siglip", hidden_size=Dv, intermediate_size=ours["vision.layers.0.mlp.fc1.weight"][0],
+        num_hidden_layers=count("vision") + 1 + last, num_attention_heads=heads, image_size=size, patch_size=patch,
+        layer_norm_eps=v.get("layer_norm_eps", 1e-5 if clip else 1e-6),
+        **({"image_mean": CLIP_MEAN, "image_std": CLIP_STD} if clip else {}))
+    pinpoints = raw.get("image_grid_pinpoints") or ()
+    if isinstance(pinpoints, str):  # "(1x1),...,(6x6)", in crops
+        (w0, h0), *_, (w1, h1) = ((int(w), int(h)) for w, h in re.findall(r"(\d+)x(\d+)", pinpoints))
+        pinpoints = [(w * size, h * size) for w in range(w0, w1 + 1) for h in range(h0, h1 + 1)]
+    elif "text_config" in raw:  # transformers keeps (height, width)
+        pinpoints = [(w, h) for h, w in pinpoints]
+    newline = "image_newline" in ours or "projector.0.weight" not in ours and not clip
+    aspect = raw.get("image_aspect_ratio") or raw.get("vision_aspect_ratio") or ("anyres_max_9" if newline else "pad")
+    return Config(vision=vision, fusion=find_fusion(names, shapes, D, Dv, key_map), newline=newline,
+                  image_aspect_ratio=aspect, grid_pinpoints=tuple(map(tuple, pinpoints)), **config), names
+
+
+def find_fusion(names, shapes, D, Dv, key_map):
+    """Routes, rank, gate and sharing from the AMP and AGF tensors of a checkpoint that is not ours -> FusionConfig.
+
+    Completes `names`: tensors under names we do not know (the released CLI checkpoints') are guessed by shape; then
+    places in a list become layers, levels become places. Raises InputError where the numbers do not tell.
+    """
+    for name, ours in names.items():
+        if not re.match(BASE, ours):
+            names[name] = guess(name, shapes[name], D, Dv) or ours
+    found = {ours: shapes[name] for name, ours in names.items() if ours.startswith(("amp.", "agf."))}
+    if not found:
+        return FusionConfig()
+    pair = re.compile(r"amp\.(\d+)\.(\d+)\.([AB]\..*)")
+    pairs = [m for ours in found if (m := pair.match(ours))]
+
+    def lists(key, numbers):
+        """{number in a name: what it means}: itself, unless it counts 0, 1, 2, ... through the key map's list."""
+        numbers = sorted({int(n) for n in numbers})
+        given = parse_layers(key_map.get(key, numbers))
+        counted = list(range(len(given)))
+        if key not in key_map and numbers == counted != [0]:
+            raise InputError(f"the checkpoint counts {key} {numbers}: give their list as {key!r} in the key map")
+        if numbers not in ([], given, counted):
+            raise InputError(f"key map: {key} is {given}, but the checkpoint has {numbers}")
+        return dict(zip(numbers or given, given))
+
+    layers = lists("decoder_layers", [m[1] for m in pairs] + re.findall(r"^agf\.(\d+)\.", "\n".join(found), re.M))
+    levels = lists("vision_levels", [m[2] for m in pairs] or re.findall(r"^amp\.(\d+)\.", "\n".join(found), re.M))
+    for name, ours in names.items():
+        if m := pair.match(ours):
+            names[name] = f"amp.{layers[int(m[1])]}.{list(levels).index(int(m[2]))}.{m[3]}"
+        elif m := re.match(r"(amp|agf)\.(\d+)\.(.*)", ours):
+            names[name] = f"{m[1]}.{(layers if m[1] == 'agf' else levels)[int(m[2])]}.{m[3]}"
+    rank = next((shape[0] for ours, shape in found.items() if ".A." in ours), 0)
+    gate = next((shape[0] for ours, shape in found.items() if ours.endswith("gate.weight")), 0)
+    return FusionConfig(
+        routes=[(l, tuple(levels.values())) for l in layers.values()], lora_rank=rank or 128,
+        lora_alpha=key_map.get("lora_alpha", 2 * rank), lora_per="pair" if pairs else "level",
+        projector="lora" if rank else "full" if any(o.startswith("amp.") for o in found) else "shared",
+        gate="none" if not gate else "scalar" if gate == 1 else "vector",
+        agf_attention="split" if any(".attn_h." in ours for ours in found) else "shared")
 
 
 def guess(name, shape, D, Dv):
@@ -993,51 +1072,15 @@ def guess(name, shape, D, Dv):
     return f"agf.{at}.{leaf}" if leaf and at.isdecimal() else None
 
 
-def derive_fusion(names, shapes, key_map):
-    """Routes, rank, gate and sharing from the AMP and AGF tensors of a checkpoint that is not ours. Renumbers `names`:
-    places in a list become layers, levels become places. Raises InputError where the numbers do not tell."""
-    found = {ours: shapes[name] for name, ours in names.items() if ours.startswith(("amp.", "agf."))}
-    pair = re.compile(r"amp\.(\d+)\.(\d+)\.([AB]\..*)")
-    pairs = [m for ours in found if (m := pair.match(ours))]
+def map_keys(names, shapes, config):
+    """Our names against the model's -> ({our name: published name}, {ignored name: reason}, [our prefixes, fresh]).
 
-    def lists(numbers, key):
-        """{number in a name: what it means}: itself, unless it counts 0, 1, 2, ... through the key map's list."""
-        numbers = sorted({int(n) for n in numbers})
-        given = parse_layers(key_map[key]) if key in key_map else None
-        if given is None and (not numbers or len(numbers) > 1 and numbers == list(range(len(numbers)))):
-            raise InputError(f"the checkpoint counts {key} {numbers}: give their list as {key!r} in the key map")
-        if given is not None and numbers not in ([], given, list(range(len(given)))):
-            raise InputError(f"key map: {key} is {given}, but the checkpoint has {numbers}")
-        return dict(zip(numbers or given, given or numbers))
-
-    layers = lists([m[1] for m in pairs] + re.findall(r"^agf\.(\d+)\.", "\n".join(found), re.M), "decoder_layers")
-    levels = lists([m[2] for m in pairs] or re.findall(r"^amp\.(\d+)\.", "\n".join(found), re.M), "vision_levels")
-    for name, ours in names.items():
-        if m := pair.match(ours):
-            names[name] = f"amp.{layers[int(m[1])]}.{list(levels).index(int(m[2]))}.{m[3]}"
-        elif m := re.match(r"(amp|agf)\.(\d+)\.(.*)", ours):
-            names[name] = f"{m[1]}.{(layers if m[1] == 'agf' else levels)[int(m[2])]}.{m[3]}"
-    rank = next((shape[0] for ours, shape in found.items() if ".A." in ours), 0)
-    gate = next((shape[0] for ours, shape in found.items() if ours.endswith("gate.weight")), 0)
-    return FusionConfig(
-        routes=[(l, tuple(levels.values())) for l in layers.values()], lora_rank=rank or 128,
-        lora_alpha=key_map.get("lora_alpha", 2 * rank), lora_per="pair" if pairs else "level",
-        projector="lora" if rank else "full" if any(o.startswith("amp.") for o in found) else "shared",
-        gate="none" if not gate else "scalar" if gate == 1 else "vector",
-        agf_attention="split" if any(".attn_h." in ours for ours in found) else "shared")
-
-
-def map_keys(shapes, config, key_map=None):
-    """{published name: shape} -> ({published name: our name}, {ignored name: reason}, [our prefixes that start fresh]).
-
-    Fresh may be, each only as a whole: AMP and AGF, and for a bare encoder and decoder the projector and newline.
-    Raises InputError naming every missing, unexpected and misshapen key at once.
+    names: {published name: our name}; shapes: {published name: shape}. Fresh may be, each only as a whole: AMP and AGF,
+    and beside a bare vision encoder the projector and newline. Raises InputError naming every missing, unexpected and
+    misshapen key at once.
     """
-    names, _ = our_names(shapes, key_map or {})
     with torch.device("meta"):
-        expected = {name: tuple(p.shape) for name, p in CLI(config).state_dict().items()}
-    if config.decoder.tie_word_embeddings:
-        del expected["lm_head.weight"]
+        expected = {name: tuple(p.shape) for name, p in CLI(config).named_parameters()}
     mapping, ignored, problems = {}, {}, {"missing": [], "unexpected": [], "misshapen": []}
     for name, ours in names.items():
         whole, shape = ours.split("[")[0], shapes[name]
@@ -1046,16 +1089,16 @@ def map_keys(shapes, config, key_map=None):
         reason = next((why for pattern, why in IGNORED if re.fullmatch(pattern, ours)), None)
         if unused or reason:
             ignored[name] = reason or "vision blocks behind the level that LLaVA reads"
-        elif whole not in expected:
+        elif whole not in expected or ours in mapping:
             problems["unexpected"].append(f"{name} {list(shape)}")
         else:
-            mapping[name] = ours
+            mapping[ours] = name
             want = expected[whole] if whole == ours else (expected[whole][0] // 3, *expected[whole][1:])
-            if shape != want and (not ours.startswith("agf.") or math.prod(shape) != math.prod(want)):  # not (1, 1, D)
+            if [n for n in shape if n > 1] != [n for n in want if n > 1]:
                 problems["misshapen"].append(f"{name} {list(shape)} instead of {list(want)}")
-    have = {ours.split("[")[0] for ours in mapping.values()}
+    have = {ours.split("[")[0] for ours in mapping}
     missing = [name for name in expected if name not in have]
-    bare = any(name.startswith("vision_model.") for name in shapes)
+    bare = any(name.startswith("vision_model.") for name in names)
     groups = [("amp.", "agf.")] + [("projector.", "image_newline")] * bare
     fresh = [p for group in groups for p in group if not any(ours.startswith(group) for ours in have)
              and any(name.startswith(p) for name in missing)]
@@ -1075,76 +1118,6 @@ def grouped(names):
     for text, numbers in groups.items():
         spans = [sorted(set(column), key=int) for column in zip(*numbers)]
         yield text % tuple(span[0] if len(span) == 1 else f"{{{span[0]}..{span[-1]}}}" for span in spans)
-
-
-def read_config(raw, shapes, tower=None, key_map=None, generation=None):
-    """Our Config from any layout's parsed config.json and the shapes of its tensors {name: shape}.
-
-    What a shape tells is read off the shape; tower: config.json of a separate vision encoder; generation: the parsed
-    generation_config.json. Raises InputError for a layout or a feature that is not supported.
-    """
-    if raw.get("format") == "cross-layer-injection":
-        return Config.from_dict(raw)
-    names, fusion = our_names(shapes, key_map or {})
-    ours = {names[name]: shape for name, shape in shapes.items()}
-    if "decoder.embed_tokens.weight" not in ours or "decoder.layers.0.self_attn.q_proj.weight" not in ours:
-        raise InputError(f"unknown layout (model_type {raw.get('model_type')!r}): no Qwen2 or LLaMA decoder among "
-                         f"{len(shapes)} tensors, the first of which is {min(shapes, default='none')}")
-
-    def count(part):
-        return 1 + max(int(m[1]) for name in ours if (m := re.match(part + r"\.layers\.(\d+)\.", name)))
-
-    text, generation = raw.get("text_config") or raw, generation or {}
-    vocab, D = ours["decoder.embed_tokens.weight"]
-    heads = text.get("num_attention_heads", 32)
-    hd = text.get("head_dim") or D // heads
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise InputError(f"config.json: rope scaling {rope} is not supported")
-    qwen = "decoder.layers.0.self_attn.q_proj.bias" in ours
-    decoder = DecoderConfig(
-        hidden_size=D, intermediate_size=ours["decoder.layers.0.mlp.gate_proj.weight"][0],
-        num_hidden_layers=count("decoder"), num_attention_heads=heads, head_dim=hd, vocab_size=vocab, qkv_bias=qwen,
-        num_key_value_heads=ours["decoder.layers.0.self_attn.k_proj.weight"][0] // hd,
-        rms_norm_eps=text.get("rms_norm_eps", 1e-6), rope_theta=text.get("rope_theta") or rope.get("rope_theta", 1e4),
-        tie_word_embeddings="lm_head.weight" not in ours,
-        max_position_embeddings=text.get("max_position_embeddings", 2048))
-    eos = generation.get("eos_token_id") or text.get("eos_token_id") or 2
-    eos = tuple(eos) if isinstance(eos, list) else (151645, 151643) if qwen and eos in (151643, 151645) else (eos,)
-    config = {"decoder": decoder, "template": "qwen_1_5" if qwen else "vicuna_v1", "eos_token_ids": eos,
-              "repetition_penalty": generation.get("repetition_penalty") or 1.0}
-    if "vision.patch_embedding.weight" not in ours:
-        return Config(vision=None, **config)
-
-    v = (tower or {}).get("vision_config") or tower or raw.get("vision_config") or {}
-    Dv, _, patch, _ = ours["vision.patch_embedding.weight"]
-    clip = "vision.class_embedding" in ours
-    side = math.isqrt(ours["vision.position_embedding.weight"][0] - clip)
-    pinpoints = raw.get("image_grid_pinpoints") or ()
-    size = v.get("image_size") or (384 if (side, patch) == (27, 14) else side * patch)
-    if isinstance(pinpoints, str):  # "(1x1),...,(6x6)", in crops
-        (w0, h0), *_, (w1, h1) = ((int(w), int(h)) for w, h in re.findall(r"(\d+)x(\d+)", pinpoints))
-        pinpoints = [(w * size, h * size) for w in range(w0, w1 + 1) for h in range(h0, h1 + 1)]
-    elif "text_config" in raw:  # transformers keeps (height, width)
-        pinpoints = [(w, h) for h, w in pinpoints]
-    heads = v.get("num_attention_heads") or HEADS.get(Dv)
-    if not heads:
-        raise InputError(f'config.json does not say how many attention heads a vision encoder of width {Dv} has: add '
-                         f'"vision_config": {{"num_attention_heads": ..., "image_size": ...}}')
-    blocks = count("vision")
-    if "text_config" in raw:
-        blocks += 1 + raw.get("vision_feature_layer", -1)
-    elif tower or clip:  # LLaVA drops the last block of a bare tower; inside a checkpoint it is gone already
-        blocks -= 1
-    vision = VisionConfig(
-        kind="clip" if clip else "siglip", hidden_size=Dv, patch_size=patch, num_hidden_layers=blocks, image_size=size,
-        intermediate_size=ours["vision.layers.0.mlp.fc1.weight"][0], num_attention_heads=heads,
-        layer_norm_eps=v.get("layer_norm_eps", 1e-5 if clip else 1e-6),
-        **({"image_mean": CLIP_MEAN, "image_std": CLIP_STD} if clip else {}))
-    newline = "image_newline" in ours or "projector.0.weight" not in ours and not clip
-    aspect = raw.get("image_aspect_ratio") or raw.get("vision_aspect_ratio") or ("anyres_max_9" if newline else "pad")
-    return Config(vision=vision, fusion=fusion or FusionConfig(), newline=newline, image_aspect_ratio=aspect,
-                  grid_pinpoints=tuple(map(tuple, pinpoints)), **config)
 
 
 def fetch(source):
