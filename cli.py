@@ -423,81 +423,52 @@ def kept_area(size, grid, side, max_tiles):
     return box, (h, w)
 
 
-def visual_rows(picture, side, max_tiles, newline):
-    """Which crop tokens make each visual token of a picture: rows int64[N, 4] and weights float32[N, 4].
-
-    A row counts through the picture's crops (n * P); -1 is the newline vector. The four are the corners of bilinear
-    interpolation (align_corners=False); all but one weigh nothing where the map is not shrunk.
-    """
-    P = side * side
-    rows, weights = [torch.arange(P)[:, None].expand(P, 4)], [torch.tensor([1.0, 0, 0, 0]).expand(P, 4)]
-    if picture.grid:
-        (top, bottom, left, right), (h, w) = kept_area(picture.size, picture.grid, side, max_tiles)
-
-        def corners(start, stop, out):  # source positions below and above each output position, share of the latter
-            at = ((torch.arange(out, dtype=torch.float64) + 0.5) * ((stop - start) / out) - 0.5).clamp(min=0)
-            low = at.floor().long()
-            return start + low, start + (low + 1).clamp(max=stop - start - 1), (at - low).float()
-
-        y0, y1, fy = corners(top, bottom, h)
-        x0, x1, fx = corners(left, right, w)
-        ys, xs = torch.stack([y0, y0, y1, y1], -1)[:, None], torch.stack([x0, x1, x0, x1], -1)[None]  # (h|1, 1|w, 4)
-        tile = 1 + ys // side * picture.grid[0] + xs // side
-        tiles = tile * P + ys % side * side + xs % side  # (h, w, 4)
-        share = torch.stack([1 - fy, 1 - fy, fy, fy], -1)[:, None] * torch.stack([1 - fx, fx, 1 - fx, fx], -1)[None]
-        # one newline vector at the end of every row
-        rows.append(F.pad(tiles, (0, 0, 0, 1), value=-1).flatten(0, 1))
-        weights.append(torch.cat([share, torch.tensor([1.0, 0, 0, 0]).expand(h, 1, 4)], 1).flatten(0, 1))
-    elif newline:
-        rows.append(torch.full((1, 4), -1))
-        weights.append(torch.tensor([[1.0, 0, 0, 0]]))
-    return torch.cat(rows), torch.cat(weights)
-
-
 def visual_tokens(picture, config):
     """How many tokens of the stream a picture takes: 757 to 8,765 for LLaVA-OneVision's anyres_max_9."""
-    return len(visual_rows(picture, config.vision.side, config.max_tiles, config.newline)[0])
+    if not picture.grid:
+        return config.vision.side**2 + config.newline
+    _, (h, w) = kept_area(picture.size, picture.grid, config.vision.side, config.max_tiles)
+    return config.vision.side**2 + h * (w + 1)
+
+
+def pack(x, newline, picture, config):
+    """One picture's crop tokens x (n, P, C) and a newline vector (C,) -> its visual tokens (N, C): the whole picture,
+    then the tiles as one map without its padding, shrunk bilinearly if need be, a newline behind every row."""
+    side, C = config.vision.side, x.shape[-1]
+    if not picture.grid:
+        return torch.cat([x[0], newline[None]]) if config.newline else x[0]
+    gw, gh = picture.grid
+    (top, bottom, left, right), (h, w) = kept_area(picture.size, picture.grid, side, config.max_tiles)
+    tiles = x[1:].reshape(gh, gw, side, side, C).transpose(1, 2).reshape(gh * side, gw * side, C)
+    tiles = tiles[top:bottom, left:right]
+    if tiles.shape[:2] != (h, w):
+        small = F.interpolate(tiles.permute(2, 0, 1)[None].float(), (h, w), mode="bilinear")[0]
+        tiles = small.permute(1, 2, 0).to(x.dtype)
+    rows = torch.cat([tiles, newline.expand(h, 1, C)], dim=1)
+    return torch.cat([x[0], rows.flatten(0, 1)])
 
 
 class Stream:
     """The expanded stream of one forward pass: every placeholder replaced by its picture's visual tokens.
 
-    Packing (unpadding, shrinking, newlines, splicing into the text) is one and the same linear map for every vision
-    level, so it is worked out once, as a table of rows, and covers the whole stream: V_hat_k comes out as (T, D) and is
-    zero at text positions, which makes eq. 9's mask a plain sum.
+    Every vision level is packed and spliced alike: V_hat_k comes out as (T, D) and is zero at text positions, which
+    makes eq. 9's mask a plain sum.
     """
 
     def __init__(self, tokens, pictures, seqlens, context, config):
-        device = tokens.device
+        self.pictures, self.config, device = pictures, config, tokens.device
         slots = tokens == IMAGE_TOKEN
         if int(slots.sum()) != len(pictures):
             raise InputError(f"{len(pictures)} pictures for {int(slots.sum())} image placeholders in the prompt")
-        cfg = config.vision
-        tables = [visual_rows(p, cfg.side, config.max_tiles, config.newline) for p in pictures]
         self.repeats = torch.ones_like(tokens)
-        self.repeats[slots] = torch.tensor([len(rows) for rows, _ in tables], device=device, dtype=tokens.dtype)
+        self.repeats[slots] = tokens.new_tensor([visual_tokens(p, config) for p in pictures])
         self.ids = self.expand(tokens)
         self.visual = self.ids == IMAGE_TOKEN
         self.seqlens = [int(r.sum()) for r in self.repeats.split(seqlens)]
         self.context = self.visual if config.fusion.agf_context == "visual" else torch.ones_like(self.visual)
         if config.fusion.agf_context == "prompt" and context is not None:
             self.context = self.expand(context)
-        if not pictures:
-            return
-        # rows of all pictures' crops, then the newline vector, then zeros
-        counts = [len(p.crops) * cfg.side**2 for p in pictures]
-        newline, zero = sum(counts), sum(counts) + 1
-        rows = torch.cat([torch.where(r < 0, newline, r + sum(counts[:i])) for i, (r, _) in enumerate(tables)])
-        weights = torch.cat([w for _, w in tables])
-        if (weights[:, 0] == 1).all():  # nothing is shrunk: one row each
-            rows, weights = rows[:, :1], None
-        where = self.visual.nonzero()[:, 0]
-        self.rows = torch.full((len(self.ids), rows.shape[1]), zero, device=device)
-        self.rows[where] = rows.to(device)
-        self.weights = None
-        if weights is not None:
-            self.weights = torch.zeros(len(self.ids), 4, device=device)
-            self.weights[where] = weights.to(device)
+        self.where = self.visual.nonzero()[:, 0]
         # (B, M) positions of each sequence's tokens, for pooling; the surplus is masked
         lens = torch.tensor(self.seqlens, device=device)
         at = torch.arange(max(self.seqlens), device=device)
@@ -509,11 +480,10 @@ class Stream:
         return x.repeat_interleave(self.repeats, 0)
 
     def pack(self, x, newline):
-        """Crop tokens x (n, P, C) and a newline vector (C,) -> (T, C), zero at text positions."""
-        table = torch.cat([x.flatten(0, 1), newline[None].to(x.dtype), x.new_zeros(1, x.shape[-1])])
-        if self.weights is None:
-            return F.embedding(self.rows[:, 0], table)
-        return sum(F.embedding(r, table) * w[:, None] for r, w in zip(self.rows.T, self.weights.T)).to(x.dtype)
+        """All pictures' crop tokens x (n, P, C) and a newline vector (C,) -> (T, C), zero at text positions."""
+        parts = zip(x.split([len(p.crops) for p in self.pictures]), self.pictures)
+        packed = torch.cat([pack(part, newline.to(x.dtype), picture, self.config) for part, picture in parts])
+        return x.new_zeros(len(self.ids), x.shape[-1]).index_copy(0, self.where, packed)
 
     def by_sequence(self, x, mask):
         """x (T, C), mask bool[T] -> (B, M, C) and its mask (B, M)."""
@@ -827,11 +797,6 @@ class CLI(nn.Module):
         for name, p in self.named_parameters():
             if not name.startswith(tuple(prefixes)):
                 continue
-            std = 0.02
-            if name == "image_newline":
-                std = 1 / math.sqrt(len(p))
-            elif name.startswith("agf.") and "in_proj_weight" in name or name.startswith("amp.") and ".A." in name:
-                std = 1 / math.sqrt(p.shape[1])
             if name.endswith("gate.bias"):
                 p.fill_(self.config.fusion.gate_bias_init)
             elif name.endswith("bias") or name.startswith("amp.") and ".B." in name:
@@ -839,6 +804,11 @@ class CLI(nn.Module):
             elif p.ndim == 1 and "norm" in name:
                 p.fill_(1.0)
             else:
+                std = 0.02
+                if name.startswith("agf.") and "in_proj" in name or name.startswith("amp.") and ".A." in name:
+                    std = 1 / math.sqrt(p.shape[1])
+                elif name == "image_newline":
+                    std = 1 / math.sqrt(len(p))
                 p.copy_(torch.randn(p.shape, generator=generator) * std)
         if self.config.fusion.projector == "full" and "amp.".startswith(tuple(prefixes)):
             for mlp in self.amp.values():
@@ -1156,14 +1126,14 @@ def read_json(path, default=None):
 
 def read_weights(folder):
     """{published name: tensor} of all weight files of a folder, memory-mapped: nothing is read before it is used."""
-    index = next((folder / f"{stem}.index.json" for stem in ("model.safetensors", "pytorch_model.bin")
-                  if (folder / f"{stem}.index.json").exists()), None)
-    if index and not (folder / "model.safetensors").exists():
-        paths = sorted({folder / file for file in read_json(index)["weight_map"].values()})
+    for whole in (folder / "model.safetensors", folder / "pytorch_model.bin"):
+        index = whole.with_name(whole.name + ".index.json")
+        paths = [whole] if whole.exists() else []
+        if not paths and index.exists():
+            paths = sorted({folder / file for file in read_json(index)["weight_map"].values()})
+        if paths:
+            break
     else:
-        paths = next((found for pattern in ("model*.safetensors", "*.safetensors", "pytorch_model*.bin")
-                      if (found := sorted(folder.glob(pattern)))), [])
-    if not paths:
         raise InputError(f"{folder}: no model.safetensors and no pytorch_model.bin")
     tensors = {}
     for path in paths:
@@ -1194,29 +1164,22 @@ def write_whole(path, write):
 def load_image(source):
     """A path, encoded bytes or a PIL image -> PIL image, mode RGB: upright by its EXIF tag, transparency on white,
     16 bits scaled to 8, of an animation the first frame. Raises InputError naming the file."""
-    name = "picture" if isinstance(source, (bytes, Image.Image)) else source
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # ours is checked below, before anything is decoded
     try:
         image = source
         if not isinstance(source, Image.Image):
             image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-        if image.width * image.height > MAX_PIXELS:
-            raise InputError(f"{name}: {image.width} x {image.height} pixels, more than the limit of {MAX_PIXELS:,}")
+        if image.width * image.height > MAX_PIXELS:  # before anything is decoded
+            raise ValueError(f"{image.width} x {image.height} pixels, more than the limit of {MAX_PIXELS:,}")
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):
             image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).clip(0, 255).round().astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
-            return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
-    except FileNotFoundError:
-        raise InputError(f"{name}: no such file") from None
-    except InputError:
-        raise
     except Exception as e:  # a damaged file can raise nearly anything out of a decoder
-        raise InputError(f"{name}: not a picture that can be read ({str(e) or type(e).__name__})") from e
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
+        name = "picture" if isinstance(source, (bytes, Image.Image)) else source
+        raise InputError(f"{name}: not a picture that can be read: {str(e) or type(e).__name__}") from e
 
 
 def choose_grid(size, pinpoints):
