@@ -810,7 +810,7 @@ class CLI(nn.Module):
                 elif name == "image_newline":
                     std = 1 / math.sqrt(len(p))
                 p.copy_(torch.randn(p.shape, generator=generator) * std)
-        if self.config.fusion.projector == "full" and "amp.".startswith(tuple(prefixes)):
+        if self.config.fusion.projector == "full" and "amp".startswith(tuple(prefixes)):
             for mlp in self.amp.values():
                 mlp.load_state_dict(self.projector.state_dict())
         return self
@@ -848,7 +848,7 @@ class CLI(nn.Module):
         mapping, ignored, fresh = map_keys(names, shapes, config)
         notes = [f"ignored {n} tensors: {reason}" for reason, n in Counter(ignored.values()).items()]
         if fresh:
-            notes.append(f"freshly initialised, not in {source}: {', '.join(p.rstrip('.') for p in fresh)}")
+            notes.append(f"freshly initialised, not in {source}: {', '.join(fresh)}")
         if not config.decoder.tie_word_embeddings and (raw.get("text_config") or raw).get("tie_word_embeddings"):
             notes.append("config.json says the output head is tied, but the file holds a head: that one is used")
         if notes and not quiet:
@@ -990,11 +990,11 @@ def find_fusion(names, shapes, D, Dv, key_map):
     for name, ours in names.items():
         if not re.match(BASE, ours):
             names[name] = guess(name, shapes[name], D, Dv) or ours
-    found = {ours: shapes[name] for name, ours in names.items() if ours.startswith(("amp.", "agf."))}
+    form = re.compile(r"(?:agf\.(\d+)|amp\.(\d+)\.(\d+)(?=\.[AB]\.)|amp\.(\d+))\.(.*)")
+    found = {name: (m[1] or m[2], m[3] or m[4], m[5])  # decoder layer l or None, vision level k or None, the rest
+             for name, ours in names.items() if (m := form.fullmatch(ours))}
     if not found:
         return FusionConfig()
-    pair = re.compile(r"amp\.(\d+)\.(\d+)\.([AB]\..*)")
-    pairs = [m for ours in found if (m := pair.match(ours))]
 
     def lists(key, numbers):
         """{number in a name: what it means}: itself, unless it counts 0, 1, 2, ... through the key map's list."""
@@ -1007,21 +1007,22 @@ def find_fusion(names, shapes, D, Dv, key_map):
             raise InputError(f"key map: {key} is {given}, but the checkpoint has {numbers}")
         return dict(zip(numbers or given, given))
 
-    layers = lists("decoder_layers", [m[1] for m in pairs] + re.findall(r"^agf\.(\d+)\.", "\n".join(found), re.M))
-    levels = lists("vision_levels", [m[2] for m in pairs] or re.findall(r"^amp\.(\d+)\.", "\n".join(found), re.M))
-    for name, ours in names.items():
-        if m := pair.match(ours):
-            names[name] = f"amp.{layers[int(m[1])]}.{list(levels).index(int(m[2]))}.{m[3]}"
-        elif m := re.match(r"(amp|agf)\.(\d+)\.(.*)", ours):
-            names[name] = f"{m[1]}.{(layers if m[1] == 'agf' else levels)[int(m[2])]}.{m[3]}"
-    rank = next((shape[0] for ours, shape in found.items() if ".A." in ours), 0)
-    gate = next((shape[0] for ours, shape in found.items() if ours.endswith("gate.weight")), 0)
+    layers = lists("decoder_layers", {l for l, _, _ in found.values() if l})
+    levels = lists("vision_levels", {k for _, k, _ in found.values() if k})
+    for name, (l, k, rest) in found.items():
+        if l and k:
+            names[name] = f"amp.{layers[int(l)]}.{list(levels).index(int(k))}.{rest}"
+        else:
+            names[name] = f"amp.{levels[int(k)]}.{rest}" if k else f"agf.{layers[int(l)]}.{rest}"
+    rank = next((shapes[name][0] for name, (_, _, rest) in found.items() if rest.startswith("A.")), 0)
+    gate = next((shapes[name][0] for name, (_, _, rest) in found.items() if rest == "gate.weight"), 0)
     return FusionConfig(
         routes=[(l, tuple(levels.values())) for l in layers.values()], lora_rank=rank or 128,
-        lora_alpha=key_map.get("lora_alpha", 2 * rank), lora_per="pair" if pairs else "level",
-        projector="lora" if rank else "full" if any(o.startswith("amp.") for o in found) else "shared",
+        lora_alpha=key_map.get("lora_alpha", 2 * rank),
+        lora_per="pair" if any(l and k for l, k, _ in found.values()) else "level",
+        projector="lora" if rank else "full" if any(k for _, k, _ in found.values()) else "shared",
         gate="none" if not gate else "scalar" if gate == 1 else "vector",
-        agf_attention="split" if any(".attn_h." in ours for ours in found) else "shared")
+        agf_attention="split" if any(rest.startswith("attn_h.") for _, _, rest in found.values()) else "shared")
 
 
 def guess(name, shape, D, Dv):
@@ -1043,7 +1044,7 @@ def guess(name, shape, D, Dv):
 
 
 def map_keys(names, shapes, config):
-    """Our names against the model's -> ({our name: published name}, {ignored name: reason}, [our prefixes, fresh]).
+    """Our names against the model's -> ({our name: published name}, {ignored name: reason}, [parts that start fresh]).
 
     names: {published name: our name}; shapes: {published name: shape}. Fresh may be, each only as a whole: AMP and AGF,
     and beside a bare vision encoder the projector and newline. Raises InputError naming every missing, unexpected and
@@ -1067,12 +1068,12 @@ def map_keys(names, shapes, config):
             if [n for n in shape if n > 1] != [n for n in want if n > 1]:
                 problems["misshapen"].append(f"{name} {list(shape)} instead of {list(want)}")
     have = {ours.split("[")[0] for ours in mapping}
-    missing = [name for name in expected if name not in have]
-    bare = any(name.startswith("vision_model.") for name in names)
-    groups = [("amp.", "agf.")] + [("projector.", "image_newline")] * bare
-    fresh = [p for group in groups for p in group if not any(ours.startswith(group) for ours in have)
-             and any(name.startswith(p) for name in missing)]
-    problems["missing"] = [name for name in missing if not name.startswith(tuple(fresh))]
+    groups = [("amp.", "agf.")]
+    if any(name.startswith("vision_model.") for name in names):
+        groups.append(("projector.", "image_newline"))
+    absent = tuple(p for group in groups if not any(name.startswith(group) for name in have) for p in group)
+    fresh = sorted({name.split(".")[0] for name in expected if name.startswith(absent)})
+    problems["missing"] = [name for name in expected if name not in have and not name.startswith(absent)]
     if any(problems.values()):
         raise InputError("the weights do not fit the model: " + " | ".join(
             f"{len(found)} {what}: {'; '.join(grouped(found))}" for what, found in problems.items() if found))
