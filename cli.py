@@ -468,6 +468,8 @@ class Stream:
         self.context = self.visual if config.fusion.agf_context == "visual" else torch.ones_like(self.visual)
         if config.fusion.agf_context == "prompt" and context is not None:
             self.context = self.expand(context)
+        if not pictures:
+            return
         self.where = self.visual.nonzero()[:, 0]
         # (B, M) positions of each sequence's tokens, for pooling; the surplus is masked
         lens = torch.tensor(self.seqlens, device=device)
@@ -799,16 +801,13 @@ class CLI(nn.Module):
                 continue
             if name.endswith("gate.bias"):
                 p.fill_(self.config.fusion.gate_bias_init)
-            elif name.endswith("bias") or name.startswith("amp.") and ".B." in name:
+            elif name.endswith("bias") or ".B." in name:
                 p.zero_()
             elif p.ndim == 1 and "norm" in name:
                 p.fill_(1.0)
             else:
-                std = 0.02
-                if name.startswith("agf.") and "in_proj" in name or name.startswith("amp.") and ".A." in name:
-                    std = 1 / math.sqrt(p.shape[1])
-                elif name == "image_newline":
-                    std = 1 / math.sqrt(len(p))
+                by_width = re.match(r"image_newline|agf\..*in_proj|amp\..*\.A\.", name)
+                std = 1 / math.sqrt(p.shape[-1]) if by_width else 0.02
                 p.copy_(torch.randn(p.shape, generator=generator) * std)
         if self.config.fusion.projector == "full" and "amp".startswith(tuple(prefixes)):
             for mlp in self.amp.values():
@@ -817,7 +816,7 @@ class CLI(nn.Module):
 
     @staticmethod
     def from_pretrained(source, *, vision=None, fusion=None, device="cpu", dtype=None, key_map=None, quiet=False):
-        """Read a model from a folder or hub id, in any layout map_keys knows -> CLI in eval mode.
+        """Read a model from a folder or hub id, in any layout read_layout knows -> CLI in eval mode.
 
         vision: folder or hub id of a separate encoder (bare SigLIP or CLIP; default: what config.json names).
         fusion: a preset's name or a FusionConfig for a checkpoint without CLI's own tensors: these start fresh.
@@ -832,9 +831,10 @@ class CLI(nn.Module):
         if not any("patch_embedding" in name for name in tensors):
             vision = vision or raw.get("mm_vision_tower")
         if vision:
-            tower = read_json(fetch(vision) / "config.json")
+            beside = fetch(vision)
+            tower = read_json(beside / "config.json")
             tensors |= {"vision_model." + name.removeprefix("vision_model."): tensor
-                        for name, tensor in read_weights(fetch(vision)).items()}
+                        for name, tensor in read_weights(beside).items()}
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         config, names = read_layout(raw, shapes, tower, key_map, generation)
         if fusion not in (None, "none", config.fusion):
