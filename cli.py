@@ -1135,7 +1135,7 @@ def read_weights(folder):
         if paths:
             break
     else:
-        raise InputError(f"{folder}: no model.safetensors and no pytorch_model.bin")
+        raise InputError(f"{folder}: no model.safetensors, no pytorch_model.bin and no index of either")
     tensors = {}
     for path in paths:
         try:
@@ -1165,11 +1165,12 @@ def write_whole(path, write):
 def load_image(source):
     """A path, encoded bytes or a PIL image -> PIL image, mode RGB: upright by its EXIF tag, transparency on white,
     16 bits scaled to 8, of an animation the first frame. Raises InputError naming the file."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # ours is checked below, before anything is decoded
     try:
         image = source
         if not isinstance(source, Image.Image):
             image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-        if image.width * image.height > MAX_PIXELS:  # before anything is decoded
+        if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels, more than the limit of {MAX_PIXELS:,}")
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):
@@ -1181,6 +1182,8 @@ def load_image(source):
     except Exception as e:  # a damaged file can raise nearly anything out of a decoder
         name = "picture" if isinstance(source, (bytes, Image.Image)) else source
         raise InputError(f"{name}: not a picture that can be read: {str(e) or type(e).__name__}") from e
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
 
 
 def choose_grid(size, pinpoints):
