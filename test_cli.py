@@ -1550,11 +1550,13 @@ def test_errors_of_keys(tmp_path):
         del tensors[name]
     tensors["model.layers.2.mlp.down_proj.weight"] = torch.ones(WIDTH, 5)
     tensors["model.layers.3.surprise.weight"] = torch.ones(7, 3)
+    tensors["image_newline"] = torch.ones(WIDTH)  # two names of one tensor: neither wins in silence
     write(tmp_path, original_config(onevision()), tensors)
     with pytest.raises(InputError) as error:
         load(tmp_path)
     message = str(error.value)
-    for part in ("1.self_attn.q_proj.bias", "2.mlp.down_proj.weight", "3.surprise.weight", "projector", "48", "[7, 3]"):
+    for part in ("1.self_attn.q_proj.bias", "2.mlp.down_proj.weight", "3.surprise.weight", "projector", "48", "[7, 3]",
+                 f"image_newline [{WIDTH}]"):
         assert part in message, f"{part!r} not in {message}"
 
 
