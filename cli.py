@@ -25,6 +25,7 @@ level (0 = patch embeddings, i = after block i). Sequences lie end to end in one
 import dataclasses
 import functools
 import io
+import itertools
 import json
 import math
 import os
@@ -152,7 +153,7 @@ class Config:
     image_aspect_ratio: str = "anyres_max_9"  # "anyres" (no upper bound of tiles) | "pad" (one square crop)
     grid_pinpoints: tuple = ()  # canvases (w, h) that anyres may choose from; empty = all from 1x1 to 6x6 crops
     newline: bool = True  # LLaVA-OneVision ends every row of tiles with a learned vector; LLaVA-1.5 has none
-    template: str = "qwen_1_5"  # or "vicuna_v1"
+    template: str = "qwen_1_5"  # or "vicuna_v1": TEMPLATES
     eos_token_ids: tuple = (151645, 151643)
     repetition_penalty: float = 1.0  # default of generate(); LLaVA-OneVision's own checkpoints ship 1.1 and 1.05
 
@@ -422,59 +423,45 @@ def kept_area(size, grid, side, max_tiles):
     return box, (h, w)
 
 
-def visual_rows(picture, side, max_tiles, newline):
-    """Which crop tokens make each visual token of a picture: rows int64[N, 4] and weights float32[N, 4].
-
-    A row counts through the picture's crops (n * P); -1 is the newline vector. The four are the corners of bilinear
-    interpolation (align_corners=False); all but one weigh nothing where the map is not shrunk.
-    """
-    P = side * side
-    rows, weights = [torch.arange(P)[:, None].expand(P, 4)], [torch.tensor([1.0, 0, 0, 0]).expand(P, 4)]
-    if picture.grid:
-        (top, bottom, left, right), (h, w) = kept_area(picture.size, picture.grid, side, max_tiles)
-
-        def corners(start, stop, out):  # source positions below and above each output position, share of the latter
-            at = ((torch.arange(out, dtype=torch.float64) + 0.5) * ((stop - start) / out) - 0.5).clamp(min=0)
-            low = at.floor().long()
-            return start + low, start + (low + 1).clamp(max=stop - start - 1), (at - low).float()
-
-        y0, y1, fy = corners(top, bottom, h)
-        x0, x1, fx = corners(left, right, w)
-        ys, xs = torch.stack([y0, y0, y1, y1], -1)[:, None], torch.stack([x0, x1, x0, x1], -1)[None]  # (h|1, 1|w, 4)
-        tile = 1 + ys // side * picture.grid[0] + xs // side
-        tiles = tile * P + ys % side * side + xs % side  # (h, w, 4)
-        share = torch.stack([1 - fy, 1 - fy, fy, fy], -1)[:, None] * torch.stack([1 - fx, fx, 1 - fx, fx], -1)[None]
-        # one newline vector at the end of every row
-        rows.append(F.pad(tiles, (0, 0, 0, 1), value=-1).flatten(0, 1))
-        weights.append(torch.cat([share, torch.tensor([1.0, 0, 0, 0]).expand(h, 1, 4)], 1).flatten(0, 1))
-    elif newline:
-        rows.append(torch.full((1, 4), -1))
-        weights.append(torch.tensor([[1.0, 0, 0, 0]]))
-    return torch.cat(rows), torch.cat(weights)
-
-
 def visual_tokens(picture, config):
     """How many tokens of the stream a picture takes: 757 to 8,765 for LLaVA-OneVision's anyres_max_9."""
-    return len(visual_rows(picture, config.vision.side, config.max_tiles, config.newline)[0])
+    if not picture.grid:
+        return config.vision.side**2 + config.newline
+    _, (h, w) = kept_area(picture.size, picture.grid, config.vision.side, config.max_tiles)
+    return config.vision.side**2 + h * (w + 1)
+
+
+def pack(x, newline, picture, config):
+    """One picture's crop tokens x (n, P, C) and a newline vector (C,) -> its visual tokens (N, C): the whole picture,
+    then the tiles as one map without its padding, shrunk bilinearly if need be, a newline behind every row."""
+    side, C = config.vision.side, x.shape[-1]
+    if not picture.grid:
+        return torch.cat([x[0], newline[None]]) if config.newline else x[0]
+    gw, gh = picture.grid
+    (top, bottom, left, right), (h, w) = kept_area(picture.size, picture.grid, side, config.max_tiles)
+    tiles = x[1:].reshape(gh, gw, side, side, C).transpose(1, 2).reshape(gh * side, gw * side, C)
+    tiles = tiles[top:bottom, left:right]
+    if tiles.shape[:2] != (h, w):
+        small = F.interpolate(tiles.permute(2, 0, 1)[None].float(), (h, w), mode="bilinear")[0]
+        tiles = small.permute(1, 2, 0).to(x.dtype)
+    rows = torch.cat([tiles, newline.expand(h, 1, C)], dim=1)
+    return torch.cat([x[0], rows.flatten(0, 1)])
 
 
 class Stream:
     """The expanded stream of one forward pass: every placeholder replaced by its picture's visual tokens.
 
-    Packing (unpadding, shrinking, newlines, splicing into the text) is one and the same linear map for every vision
-    level, so it is worked out once, as a table of rows, and covers the whole stream: V_hat_k comes out as (T, D) and is
-    zero at text positions, which makes eq. 9's mask a plain sum.
+    Every vision level is packed and spliced alike: V_hat_k comes out as (T, D) and is zero at text positions, which
+    makes eq. 9's mask a plain sum.
     """
 
     def __init__(self, tokens, pictures, seqlens, context, config):
-        device = tokens.device
+        self.pictures, self.config, device = pictures, config, tokens.device
         slots = tokens == IMAGE_TOKEN
         if int(slots.sum()) != len(pictures):
             raise InputError(f"{len(pictures)} pictures for {int(slots.sum())} image placeholders in the prompt")
-        cfg = config.vision
-        tables = [visual_rows(p, cfg.side, config.max_tiles, config.newline) for p in pictures]
         self.repeats = torch.ones_like(tokens)
-        self.repeats[slots] = torch.tensor([len(rows) for rows, _ in tables], device=device, dtype=tokens.dtype)
+        self.repeats[slots] = tokens.new_tensor([visual_tokens(p, config) for p in pictures])
         self.ids = self.expand(tokens)
         self.visual = self.ids == IMAGE_TOKEN
         self.seqlens = [int(r.sum()) for r in self.repeats.split(seqlens)]
@@ -483,20 +470,7 @@ class Stream:
             self.context = self.expand(context)
         if not pictures:
             return
-        # rows of all pictures' crops, then the newline vector, then zeros
-        counts = [len(p.crops) * cfg.side**2 for p in pictures]
-        newline, zero = sum(counts), sum(counts) + 1
-        rows = torch.cat([torch.where(r < 0, newline, r + sum(counts[:i])) for i, (r, _) in enumerate(tables)])
-        weights = torch.cat([w for _, w in tables])
-        if (weights[:, 0] == 1).all():  # nothing is shrunk: one row each
-            rows, weights = rows[:, :1], None
-        where = self.visual.nonzero()[:, 0]
-        self.rows = torch.full((len(self.ids), rows.shape[1]), zero, device=device)
-        self.rows[where] = rows.to(device)
-        self.weights = None
-        if weights is not None:
-            self.weights = torch.zeros(len(self.ids), 4, device=device)
-            self.weights[where] = weights.to(device)
+        self.where = self.visual.nonzero()[:, 0]
         # (B, M) positions of each sequence's tokens, for pooling; the surplus is masked
         lens = torch.tensor(self.seqlens, device=device)
         at = torch.arange(max(self.seqlens), device=device)
@@ -508,11 +482,10 @@ class Stream:
         return x.repeat_interleave(self.repeats, 0)
 
     def pack(self, x, newline):
-        """Crop tokens x (n, P, C) and a newline vector (C,) -> (T, C), zero at text positions."""
-        table = torch.cat([x.flatten(0, 1), newline[None].to(x.dtype), x.new_zeros(1, x.shape[-1])])
-        if self.weights is None:
-            return F.embedding(self.rows[:, 0], table)
-        return sum(F.embedding(r, table) * w[:, None] for r, w in zip(self.rows.T, self.weights.T)).to(x.dtype)
+        """All pictures' crop tokens x (n, P, C) and a newline vector (C,) -> (T, C), zero at text positions."""
+        parts = zip(x.split([len(p.crops) for p in self.pictures]), self.pictures)
+        packed = torch.cat([pack(part, newline.to(x.dtype), picture, self.config) for part, picture in parts])
+        return x.new_zeros(len(self.ids), x.shape[-1]).index_copy(0, self.where, packed)
 
     def by_sequence(self, x, mask):
         """x (T, C), mask bool[T] -> (B, M, C) and its mask (B, M)."""
@@ -826,27 +799,24 @@ class CLI(nn.Module):
         for name, p in self.named_parameters():
             if not name.startswith(tuple(prefixes)):
                 continue
-            std = 0.02
-            if name == "image_newline":
-                std = 1 / math.sqrt(len(p))
-            elif name.startswith("agf.") and "in_proj_weight" in name or name.startswith("amp.") and ".A." in name:
-                std = 1 / math.sqrt(p.shape[1])
             if name.endswith("gate.bias"):
                 p.fill_(self.config.fusion.gate_bias_init)
-            elif name.endswith("bias") or name.startswith("amp.") and ".B." in name:
+            elif name.endswith("bias") or ".B." in name:
                 p.zero_()
             elif p.ndim == 1 and "norm" in name:
                 p.fill_(1.0)
             else:
+                by_width = re.match(r"image_newline|agf\..*in_proj|amp\..*\.A\.", name)
+                std = 1 / math.sqrt(p.shape[-1]) if by_width else 0.02
                 p.copy_(torch.randn(p.shape, generator=generator) * std)
-        if self.config.fusion.projector == "full" and "amp.".startswith(tuple(prefixes)):
+        if self.config.fusion.projector == "full" and "amp".startswith(tuple(prefixes)):
             for mlp in self.amp.values():
                 mlp.load_state_dict(self.projector.state_dict())
         return self
 
     @staticmethod
     def from_pretrained(source, *, vision=None, fusion=None, device="cpu", dtype=None, key_map=None, quiet=False):
-        """Read a model from a folder or hub id, in any layout map_keys knows -> CLI in eval mode.
+        """Read a model from a folder or hub id, in any layout read_layout knows -> CLI in eval mode.
 
         vision: folder or hub id of a separate encoder (bare SigLIP or CLIP; default: what config.json names).
         fusion: a preset's name or a FusionConfig for a checkpoint without CLI's own tensors: these start fresh.
@@ -858,15 +828,15 @@ class CLI(nn.Module):
         raw, generation = read_json(folder / "config.json"), read_json(folder / "generation_config.json", {})
         key_map = read_json(key_map) if isinstance(key_map, (str, Path)) else key_map or {}
         tensors, tower = read_weights(folder), None
-        if not vision and raw.get("mm_vision_tower") and not any("patch_embedding" in name for name in tensors):
-            beside = folder / raw["mm_vision_tower"]
-            vision = beside if beside.is_dir() else raw["mm_vision_tower"]
+        if not any("patch_embedding" in name for name in tensors):
+            vision = vision or raw.get("mm_vision_tower")
         if vision:
-            tower = read_json(fetch(vision) / "config.json")
-            tensors |= {name if name.startswith(TOWER_PARTS) else "vision_model." + name: tensor
-                        for name, tensor in read_weights(fetch(vision)).items()}
+            beside = fetch(vision)
+            tower = read_json(beside / "config.json")
+            tensors |= {"vision_model." + name.removeprefix("vision_model."): tensor
+                        for name, tensor in read_weights(beside).items()}
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        config = read_config(raw, shapes, tower, key_map, generation)
+        config, names = read_layout(raw, shapes, tower, key_map, generation)
         if fusion not in (None, "none", config.fusion):
             if config.fusion.routes or not config.vision:
                 raise InputError(f"{source}: cannot add fusion: it has "
@@ -875,10 +845,10 @@ class CLI(nn.Module):
                 fusion = fusion_preset(fusion, config.decoder.num_hidden_layers, config.vision.num_hidden_layers,
                                        gate_bias_init=-4.0)
             config = dataclasses.replace(config, fusion=fusion)
-        mapping, ignored, fresh = map_keys(shapes, config, key_map)
+        mapping, ignored, fresh = map_keys(names, shapes, config)
         notes = [f"ignored {n} tensors: {reason}" for reason, n in Counter(ignored.values()).items()]
         if fresh:
-            notes.append(f"freshly initialised, not in {source}: {', '.join(p.rstrip('.') for p in fresh)}")
+            notes.append(f"freshly initialised, not in {source}: {', '.join(fresh)}")
         if not config.decoder.tie_word_embeddings and (raw.get("text_config") or raw).get("tie_word_embeddings"):
             notes.append("config.json says the output head is tied, but the file holds a head: that one is used")
         if notes and not quiet:
@@ -887,16 +857,15 @@ class CLI(nn.Module):
         with torch.device("meta"):
             model = CLI(config).eval()
         stored = {}  # our name -> tensors; q, k and v of a gate's attention may be stored apart, as name[0..2]
-        for name, ours in sorted(mapping.items(), key=lambda item: item[1]):
+        for ours, name in sorted(mapping.items()):
             stored.setdefault(ours.split("[")[0], []).append(tensors[name])
         if isinstance(dtype, str) and dtype not in DTYPES:
             raise InputError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
-        dtype = DTYPES.get(dtype, dtype) or stored["decoder.embed_tokens.weight"][0].dtype
-        for name, p in list(model.named_parameters()):
+        dtype, state = DTYPES.get(dtype, dtype) or stored["decoder.embed_tokens.weight"][0].dtype, {}
+        for name, p in model.named_parameters():
             parts = [t.to(device, dtype) for t in stored.get(name, [torch.empty(p.shape)])]
-            value = parts[0] if len(parts) == 1 else torch.cat(parts)
-            *path, leaf = name.split(".")
-            setattr(model.get_submodule(".".join(path)), leaf, nn.Parameter(value.view(p.shape)))  # no copy
+            state[name] = (parts[0] if len(parts) == 1 else torch.cat(parts)).view(p.shape)
+        model.load_state_dict(state, strict=False, assign=True)  # no copy; a tied head is not in it
         if config.decoder.tie_word_embeddings:
             model.lm_head.weight = model.decoder.embed_tokens.weight
         model.init_weights(fresh)
@@ -919,59 +888,141 @@ class CLI(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Weights: every published layout becomes ours by a handful of prefixes
+# Weights: every published layout becomes ours by a handful of rules
 
-PREFIXES = [  # published prefix -> ours; the first that fits wins
-    ("model.vision_tower.vision_tower.vision_model.", "vision."),  # LLaVA-NeXT, lmms-lab
-    ("model.vision_tower.vision_model.", "vision."),  # llava-hf since transformers 4.52
-    ("model.vision_tower.", "vision."),
-    ("vision_tower.vision_model.", "vision."),  # llava-hf before
-    ("vision_tower.", "vision."),  # transformers 5 saving in the older layout
-    ("vision_model.", "vision."),  # bare SigLIP or CLIP
-    ("model.mm_projector.", "projector."),
-    ("model.multi_modal_projector.linear_1.", "projector.0."),
-    ("model.multi_modal_projector.linear_2.", "projector.2."),
-    ("multi_modal_projector.linear_1.", "projector.0."),
-    ("multi_modal_projector.linear_2.", "projector.2."),
-    ("model.image_newline", "image_newline"),
-    ("language_model.model.", "decoder."),
-    ("language_model.lm_head.", "lm_head."),
-    ("model.language_model.", "decoder."),
-    ("model.agf.", "agf."),
-    ("model.amp.", "amp."),
-    ("model.", "decoder."),  # LLaVA-NeXT, and bare Qwen2 or LLaMA
+RENAMES = [  # published name -> ours, one after the other, behind the user's own patterns
+    (r"^(model\.|language_model\.)+", ""),  # lmms-lab, llava-hf and bare decoders
+    (r"^(embed_tokens|layers|norm)\.", r"decoder.\1."),
+    (r"^(vision_tower\.|vision_model\.)+(embeddings\.|encoder\.)?", "vision."),
+    (r"^mm_projector\.", "projector."),
+    (r"^multi_modal_projector\.linear_1\.", "projector.0."),
+    (r"^multi_modal_projector\.linear_2\.", "projector.2."),
 ]
 IGNORED = [  # on our names; nothing else is ever skipped
     (r".*rotary_emb\.inv_freq", "rotary frequencies are computed"),
     (r"vision\.(post_layernorm|head)\..*", "LLaVA reads the vision tower before its final norm and pooling head"),
     (r"vision\.position_ids", "positions are counted"),
-    (r"text_model\..*|(text|visual)_projection\.weight|logit_(scale|bias)", "text side of a contrastive model"),
+    (r"vision\.(text_model\.|(text|visual)_projection\.|logit_).*", "text side of a contrastive model"),
 ]
-TOWER_PARTS = ("vision_model.", "text_model.", "text_projection.", "visual_projection.", "logit_")
 BASE = (r"(vision|projector|lm_head|amp|agf)\.|image_newline$|"  # what is not to be guessed at
         r"decoder\.(embed_tokens|norm|layers\.\d+\.(self_attn|mlp|\w+norm))\.")
 HEADS = {1152: 16, 1024: 16, 768: 12}  # attention heads of the SigLIP and CLIP sizes; no tensor's shape tells them
 
 
-def our_names(shapes, key_map):
-    """{published name: shape} -> ({published name: our name}, FusionConfig or None) by the user's patterns, the
-    prefixes, and, for AMP and AGF tensors under names we do not know (the released CLI checkpoints'), by shape."""
-    names = {}
+def read_layout(raw, shapes, tower=None, key_map=None, generation=None):
+    """A checkpoint in any layout -> (Config, {published name: our name}).
+
+    raw: its parsed config.json; shapes: {published name: shape}, those of a separate vision encoder under
+    "vision_model."; tower: that encoder's config.json; generation: the parsed generation_config.json. What a shape
+    tells is read off the shape. Raises InputError for a layout or a feature that is not supported.
+    """
+    if raw.get("format") == "cross-layer-injection":
+        return Config.from_dict(raw), {name: name for name in shapes}
+    names, key_map, generation = {}, key_map or {}, generation or {}
     for name in shapes:
-        pattern = next((p for p in key_map.get("patterns", []) if re.search(p[0], name)), None)
-        prefix, new = next((p for p in PREFIXES if name.startswith(p[0])), ("", ""))
-        names[name] = re.sub(*pattern, name) if pattern else new + name[len(prefix) :]
-        if names[name].startswith("vision."):
-            names[name] = names[name].replace(".embeddings.", ".", 1).replace(".encoder.", ".", 1)
-    by_ours = {ours: shapes[name] for name, ours in names.items()}
-    if "decoder.embed_tokens.weight" not in by_ours or "vision.patch_embedding.weight" not in by_ours:
-        return names, None
-    D, Dv = by_ours["decoder.embed_tokens.weight"][1], by_ours["vision.patch_embedding.weight"][0]
-    names = {name: ours if re.match(BASE, ours) else guess(name, shapes[name], D, Dv) or ours
-             for name, ours in names.items()}
-    fused = any(ours.startswith(("amp.", "agf.")) for ours in names.values())
-    saved_by_us = any(name.startswith("vision.") for name in names)
-    return names, derive_fusion(names, shapes, key_map) if fused and not saved_by_us else None
+        names[name] = name
+        for pattern, new in [*key_map.get("patterns", []), *RENAMES]:
+            names[name] = re.sub(pattern, new, names[name])
+    ours = {names[name]: shape for name, shape in shapes.items()}
+    if "decoder.embed_tokens.weight" not in ours or "decoder.layers.0.self_attn.q_proj.weight" not in ours:
+        raise InputError(f"unknown layout (model_type {raw.get('model_type')!r}): no Qwen2 or LLaMA decoder among "
+                         f"{len(shapes)} tensors, the first of which is {min(shapes, default='none')}")
+
+    def count(part):
+        return 1 + max(int(m[1]) for name in ours if (m := re.match(part + r"\.layers\.(\d+)\.", name)))
+
+    text = raw.get("text_config") or raw
+    vocab, D = ours["decoder.embed_tokens.weight"]
+    heads = text.get("num_attention_heads", 32)
+    hd = text.get("head_dim") or D // heads
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    if rope.get("rope_type", rope.get("type", "default")) != "default":
+        raise InputError(f"config.json: rope scaling {rope} is not supported")
+    qwen = "decoder.layers.0.self_attn.q_proj.bias" in ours
+    decoder = DecoderConfig(
+        hidden_size=D, intermediate_size=ours["decoder.layers.0.mlp.gate_proj.weight"][0],
+        num_hidden_layers=count("decoder"), num_attention_heads=heads, head_dim=hd, vocab_size=vocab, qkv_bias=qwen,
+        num_key_value_heads=ours["decoder.layers.0.self_attn.k_proj.weight"][0] // hd,
+        rms_norm_eps=text.get("rms_norm_eps", 1e-6), rope_theta=text.get("rope_theta") or rope.get("rope_theta", 1e4),
+        tie_word_embeddings="lm_head.weight" not in ours,
+        max_position_embeddings=text.get("max_position_embeddings", 2048))
+    eos = generation.get("eos_token_id") or text.get("eos_token_id") or 2
+    eos = tuple(eos) if isinstance(eos, list) else (151645, 151643) if qwen and eos in (151643, 151645) else (eos,)
+    config = {"decoder": decoder, "template": "qwen_1_5" if qwen else "vicuna_v1", "eos_token_ids": eos,
+              "repetition_penalty": generation.get("repetition_penalty") or 1.0}
+    if "vision.patch_embedding.weight" not in ours:
+        return Config(vision=None, **config), names
+
+    v = (tower or {}).get("vision_config") or tower or raw.get("vision_config") or {}
+    Dv, _, patch, _ = ours["vision.patch_embedding.weight"]
+    clip = "vision.class_embedding" in ours
+    heads = v.get("num_attention_heads") or HEADS.get(Dv)
+    if not heads:
+        raise InputError(f'config.json does not say how many attention heads a vision encoder of width {Dv} has: add '
+                         f'"vision_config": {{"num_attention_heads": ..., "image_size": ...}}')
+    side = math.isqrt(ours["vision.position_embedding.weight"][0] - clip)
+    size = v.get("image_size") or (384 if (side, patch) == (27, 14) else side * patch)
+    # LLaVA drops the last block of a CLIP or of a bare SigLIP; inside a checkpoint SigLIP's is gone already
+    last = raw.get("vision_feature_layer", -2 if tower or clip else -1)
+    vision = VisionConfig(
+        kind="clip" if clip else "siglip", hidden_size=Dv, intermediate_size=ours["vision.layers.0.mlp.fc1.weight"][0],
+        num_hidden_layers=count("vision") + 1 + last, num_attention_heads=heads, image_size=size, patch_size=patch,
+        layer_norm_eps=v.get("layer_norm_eps", 1e-5 if clip else 1e-6),
+        **({"image_mean": CLIP_MEAN, "image_std": CLIP_STD} if clip else {}))
+    pinpoints = raw.get("image_grid_pinpoints") or ()
+    if isinstance(pinpoints, str):  # "(1x1),...,(6x6)", in crops
+        (w0, h0), *_, (w1, h1) = ((int(w), int(h)) for w, h in re.findall(r"(\d+)x(\d+)", pinpoints))
+        pinpoints = [(w * size, h * size) for w in range(w0, w1 + 1) for h in range(h0, h1 + 1)]
+    elif "text_config" in raw:  # transformers keeps (height, width)
+        pinpoints = [(w, h) for h, w in pinpoints]
+    newline = "image_newline" in ours or "projector.0.weight" not in ours and not clip
+    aspect = raw.get("image_aspect_ratio") or raw.get("vision_aspect_ratio") or ("anyres_max_9" if newline else "pad")
+    return Config(vision=vision, fusion=find_fusion(names, shapes, D, Dv, key_map), newline=newline,
+                  image_aspect_ratio=aspect, grid_pinpoints=tuple(map(tuple, pinpoints)), **config), names
+
+
+def find_fusion(names, shapes, D, Dv, key_map):
+    """Routes, rank, gate and sharing from the AMP and AGF tensors of a checkpoint that is not ours -> FusionConfig.
+
+    Completes `names`: tensors under names we do not know (the released CLI checkpoints') are guessed by shape; then
+    places in a list become layers, levels become places. Raises InputError where the numbers do not tell.
+    """
+    for name, ours in names.items():
+        if not re.match(BASE, ours):
+            names[name] = guess(name, shapes[name], D, Dv) or ours
+    form = re.compile(r"(?:agf\.(\d+)|amp\.(\d+)\.(\d+)(?=\.[AB]\.)|amp\.(\d+))\.(.*)")
+    found = {name: (m[1] or m[2], m[3] or m[4], m[5])  # decoder layer l or None, vision level k or None, the rest
+             for name, ours in names.items() if (m := form.fullmatch(ours))}
+    if not found:
+        return FusionConfig()
+
+    def lists(key, numbers):
+        """{number in a name: what it means}: itself, unless it counts 0, 1, 2, ... through the key map's list."""
+        numbers = sorted({int(n) for n in numbers})
+        given = parse_layers(key_map.get(key, numbers))
+        counted = list(range(len(given)))
+        if key not in key_map and numbers == counted != [0]:
+            raise InputError(f"the checkpoint counts {key} {numbers}: give their list as {key!r} in the key map")
+        if numbers not in ([], given, counted):
+            raise InputError(f"key map: {key} is {given}, but the checkpoint has {numbers}")
+        return dict(zip(numbers or given, given))
+
+    layers = lists("decoder_layers", {l for l, _, _ in found.values() if l})
+    levels = lists("vision_levels", {k for _, k, _ in found.values() if k})
+    for name, (l, k, rest) in found.items():
+        if l and k:
+            names[name] = f"amp.{layers[int(l)]}.{list(levels).index(int(k))}.{rest}"
+        else:
+            names[name] = f"amp.{levels[int(k)]}.{rest}" if k else f"agf.{layers[int(l)]}.{rest}"
+    rank = next((shapes[name][0] for name, (_, _, rest) in found.items() if rest.startswith("A.")), 0)
+    gate = next((shapes[name][0] for name, (_, _, rest) in found.items() if rest == "gate.weight"), 0)
+    return FusionConfig(
+        routes=[(l, tuple(levels.values())) for l in layers.values()], lora_rank=rank or 128,
+        lora_alpha=key_map.get("lora_alpha", 2 * rank),
+        lora_per="pair" if any(l and k for l, k, _ in found.values()) else "level",
+        projector="lora" if rank else "full" if any(k for _, k, _ in found.values()) else "shared",
+        gate="none" if not gate else "scalar" if gate == 1 else "vector",
+        agf_attention="split" if any(rest.startswith("attn_h.") for _, _, rest in found.values()) else "shared")
 
 
 def guess(name, shape, D, Dv):
@@ -992,51 +1043,15 @@ def guess(name, shape, D, Dv):
     return f"agf.{at}.{leaf}" if leaf and at.isdecimal() else None
 
 
-def derive_fusion(names, shapes, key_map):
-    """Routes, rank, gate and sharing from the AMP and AGF tensors of a checkpoint that is not ours. Renumbers `names`:
-    places in a list become layers, levels become places. Raises InputError where the numbers do not tell."""
-    found = {ours: shapes[name] for name, ours in names.items() if ours.startswith(("amp.", "agf."))}
-    pair = re.compile(r"amp\.(\d+)\.(\d+)\.([AB]\..*)")
-    pairs = [m for ours in found if (m := pair.match(ours))]
+def map_keys(names, shapes, config):
+    """Our names against the model's -> ({our name: published name}, {ignored name: reason}, [parts that start fresh]).
 
-    def lists(numbers, key):
-        """{number in a name: what it means}: itself, unless it counts 0, 1, 2, ... through the key map's list."""
-        numbers = sorted({int(n) for n in numbers})
-        given = parse_layers(key_map[key]) if key in key_map else None
-        if given is None and (not numbers or len(numbers) > 1 and numbers == list(range(len(numbers)))):
-            raise InputError(f"the checkpoint counts {key} {numbers}: give their list as {key!r} in the key map")
-        if given is not None and numbers not in ([], given, list(range(len(given)))):
-            raise InputError(f"key map: {key} is {given}, but the checkpoint has {numbers}")
-        return dict(zip(numbers or given, given or numbers))
-
-    layers = lists([m[1] for m in pairs] + re.findall(r"^agf\.(\d+)\.", "\n".join(found), re.M), "decoder_layers")
-    levels = lists([m[2] for m in pairs] or re.findall(r"^amp\.(\d+)\.", "\n".join(found), re.M), "vision_levels")
-    for name, ours in names.items():
-        if m := pair.match(ours):
-            names[name] = f"amp.{layers[int(m[1])]}.{list(levels).index(int(m[2]))}.{m[3]}"
-        elif m := re.match(r"(amp|agf)\.(\d+)\.(.*)", ours):
-            names[name] = f"{m[1]}.{(layers if m[1] == 'agf' else levels)[int(m[2])]}.{m[3]}"
-    rank = next((shape[0] for ours, shape in found.items() if ".A." in ours), 0)
-    gate = next((shape[0] for ours, shape in found.items() if ours.endswith("gate.weight")), 0)
-    return FusionConfig(
-        routes=[(l, tuple(levels.values())) for l in layers.values()], lora_rank=rank or 128,
-        lora_alpha=key_map.get("lora_alpha", 2 * rank), lora_per="pair" if pairs else "level",
-        projector="lora" if rank else "full" if any(o.startswith("amp.") for o in found) else "shared",
-        gate="none" if not gate else "scalar" if gate == 1 else "vector",
-        agf_attention="split" if any(".attn_h." in ours for ours in found) else "shared")
-
-
-def map_keys(shapes, config, key_map=None):
-    """{published name: shape} -> ({published name: our name}, {ignored name: reason}, [our prefixes that start fresh]).
-
-    Fresh may be, each only as a whole: AMP and AGF, and for a bare encoder and decoder the projector and newline.
-    Raises InputError naming every missing, unexpected and misshapen key at once.
+    names: {published name: our name}; shapes: {published name: shape}. Fresh may be, each only as a whole: AMP and AGF,
+    and beside a bare vision encoder the projector and newline. Raises InputError naming every missing, unexpected and
+    misshapen key at once.
     """
-    names, _ = our_names(shapes, key_map or {})
     with torch.device("meta"):
-        expected = {name: tuple(p.shape) for name, p in CLI(config).state_dict().items()}
-    if config.decoder.tie_word_embeddings:
-        del expected["lm_head.weight"]
+        expected = {name: tuple(p.shape) for name, p in CLI(config).named_parameters()}
     mapping, ignored, problems = {}, {}, {"missing": [], "unexpected": [], "misshapen": []}
     for name, ours in names.items():
         whole, shape = ours.split("[")[0], shapes[name]
@@ -1045,20 +1060,20 @@ def map_keys(shapes, config, key_map=None):
         reason = next((why for pattern, why in IGNORED if re.fullmatch(pattern, ours)), None)
         if unused or reason:
             ignored[name] = reason or "vision blocks behind the level that LLaVA reads"
-        elif whole not in expected:
+        elif whole not in expected or ours in mapping:
             problems["unexpected"].append(f"{name} {list(shape)}")
         else:
-            mapping[name] = ours
+            mapping[ours] = name
             want = expected[whole] if whole == ours else (expected[whole][0] // 3, *expected[whole][1:])
-            if shape != want and (not ours.startswith("agf.") or math.prod(shape) != math.prod(want)):  # not (1, 1, D)
+            if [n for n in shape if n > 1] != [n for n in want if n > 1]:
                 problems["misshapen"].append(f"{name} {list(shape)} instead of {list(want)}")
-    have = {ours.split("[")[0] for ours in mapping.values()}
-    missing = [name for name in expected if name not in have]
-    bare = any(name.startswith("vision_model.") for name in shapes)
-    groups = [("amp.", "agf.")] + [("projector.", "image_newline")] * bare
-    fresh = [p for group in groups for p in group if not any(ours.startswith(group) for ours in have)
-             and any(name.startswith(p) for name in missing)]
-    problems["missing"] = [name for name in missing if not name.startswith(tuple(fresh))]
+    have = {ours.split("[")[0] for ours in mapping}
+    groups = [("amp.", "agf.")]
+    if any(name.startswith("vision_model.") for name in names):
+        groups.append(("projector.", "image_newline"))
+    absent = tuple(p for group in groups if not any(name.startswith(group) for name in have) for p in group)
+    fresh = sorted({name.split(".")[0] for name in expected if name.startswith(absent)})
+    problems["missing"] = [name for name in expected if name not in have and not name.startswith(absent)]
     if any(problems.values()):
         raise InputError("the weights do not fit the model: " + " | ".join(
             f"{len(found)} {what}: {'; '.join(grouped(found))}" for what, found in problems.items() if found))
@@ -1074,76 +1089,6 @@ def grouped(names):
     for text, numbers in groups.items():
         spans = [sorted(set(column), key=int) for column in zip(*numbers)]
         yield text % tuple(span[0] if len(span) == 1 else f"{{{span[0]}..{span[-1]}}}" for span in spans)
-
-
-def read_config(raw, shapes, tower=None, key_map=None, generation=None):
-    """Our Config from any layout's parsed config.json and the shapes of its tensors {name: shape}.
-
-    What a shape tells is read off the shape; tower: config.json of a separate vision encoder; generation: the parsed
-    generation_config.json. Raises InputError for a layout or a feature that is not supported.
-    """
-    if raw.get("format") == "cross-layer-injection":
-        return Config.from_dict(raw)
-    names, fusion = our_names(shapes, key_map or {})
-    ours = {names[name]: shape for name, shape in shapes.items()}
-    if "decoder.embed_tokens.weight" not in ours or "decoder.layers.0.self_attn.q_proj.weight" not in ours:
-        raise InputError(f"unknown layout (model_type {raw.get('model_type')!r}): no Qwen2 or LLaMA decoder among "
-                         f"{len(shapes)} tensors, the first of which is {min(shapes, default='none')}")
-
-    def count(part):
-        return 1 + max(int(m[1]) for name in ours if (m := re.match(part + r"\.layers\.(\d+)\.", name)))
-
-    text, generation = raw.get("text_config") or raw, generation or {}
-    vocab, D = ours["decoder.embed_tokens.weight"]
-    heads = text.get("num_attention_heads", 32)
-    hd = text.get("head_dim") or D // heads
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise InputError(f"config.json: rope scaling {rope} is not supported")
-    qwen = "decoder.layers.0.self_attn.q_proj.bias" in ours
-    decoder = DecoderConfig(
-        hidden_size=D, intermediate_size=ours["decoder.layers.0.mlp.gate_proj.weight"][0],
-        num_hidden_layers=count("decoder"), num_attention_heads=heads, head_dim=hd, vocab_size=vocab, qkv_bias=qwen,
-        num_key_value_heads=ours["decoder.layers.0.self_attn.k_proj.weight"][0] // hd,
-        rms_norm_eps=text.get("rms_norm_eps", 1e-6), rope_theta=text.get("rope_theta") or rope.get("rope_theta", 1e4),
-        tie_word_embeddings="lm_head.weight" not in ours,
-        max_position_embeddings=text.get("max_position_embeddings", 2048))
-    eos = generation.get("eos_token_id") or text.get("eos_token_id") or 2
-    eos = tuple(eos) if isinstance(eos, list) else (151645, 151643) if qwen and eos in (151643, 151645) else (eos,)
-    config = {"decoder": decoder, "template": "qwen_1_5" if qwen else "vicuna_v1", "eos_token_ids": eos,
-              "repetition_penalty": generation.get("repetition_penalty") or 1.0}
-    if "vision.patch_embedding.weight" not in ours:
-        return Config(vision=None, **config)
-
-    v = (tower or {}).get("vision_config") or tower or raw.get("vision_config") or {}
-    Dv, _, patch, _ = ours["vision.patch_embedding.weight"]
-    clip = "vision.class_embedding" in ours
-    side = math.isqrt(ours["vision.position_embedding.weight"][0] - clip)
-    pinpoints = raw.get("image_grid_pinpoints") or ()
-    size = v.get("image_size") or (384 if (side, patch) == (27, 14) else side * patch)
-    if isinstance(pinpoints, str):  # "(1x1),...,(6x6)", in crops
-        (w0, h0), *_, (w1, h1) = ((int(w), int(h)) for w, h in re.findall(r"(\d+)x(\d+)", pinpoints))
-        pinpoints = [(w * size, h * size) for w in range(w0, w1 + 1) for h in range(h0, h1 + 1)]
-    elif "text_config" in raw:  # transformers keeps (height, width)
-        pinpoints = [(w, h) for h, w in pinpoints]
-    heads = v.get("num_attention_heads") or HEADS.get(Dv)
-    if not heads:
-        raise InputError(f'config.json does not say how many attention heads a vision encoder of width {Dv} has: add '
-                         f'"vision_config": {{"num_attention_heads": ..., "image_size": ...}}')
-    blocks = count("vision")
-    if "text_config" in raw:
-        blocks += 1 + raw.get("vision_feature_layer", -1)
-    elif tower or clip:  # LLaVA drops the last block of a bare tower; inside a checkpoint it is gone already
-        blocks -= 1
-    vision = VisionConfig(
-        kind="clip" if clip else "siglip", hidden_size=Dv, patch_size=patch, num_hidden_layers=blocks, image_size=size,
-        intermediate_size=ours["vision.layers.0.mlp.fc1.weight"][0], num_attention_heads=heads,
-        layer_norm_eps=v.get("layer_norm_eps", 1e-5 if clip else 1e-6),
-        **({"image_mean": CLIP_MEAN, "image_std": CLIP_STD} if clip else {}))
-    newline = "image_newline" in ours or "projector.0.weight" not in ours and not clip
-    aspect = raw.get("image_aspect_ratio") or raw.get("vision_aspect_ratio") or ("anyres_max_9" if newline else "pad")
-    return Config(vision=vision, fusion=fusion or FusionConfig(), newline=newline, image_aspect_ratio=aspect,
-                  grid_pinpoints=tuple(map(tuple, pinpoints)), **config)
 
 
 def fetch(source):
@@ -1182,15 +1127,15 @@ def read_json(path, default=None):
 
 def read_weights(folder):
     """{published name: tensor} of all weight files of a folder, memory-mapped: nothing is read before it is used."""
-    index = next((folder / f"{stem}.index.json" for stem in ("model.safetensors", "pytorch_model.bin")
-                  if (folder / f"{stem}.index.json").exists()), None)
-    if index and not (folder / "model.safetensors").exists():
-        paths = sorted({folder / file for file in read_json(index)["weight_map"].values()})
+    for whole in (folder / "model.safetensors", folder / "pytorch_model.bin"):
+        index = whole.with_name(whole.name + ".index.json")
+        paths = [whole] if whole.exists() else []
+        if not paths and index.exists():
+            paths = sorted({folder / file for file in read_json(index)["weight_map"].values()})
+        if paths:
+            break
     else:
-        paths = next((found for pattern in ("model*.safetensors", "*.safetensors", "pytorch_model*.bin")
-                      if (found := sorted(folder.glob(pattern)))), [])
-    if not paths:
-        raise InputError(f"{folder}: no model.safetensors and no pytorch_model.bin")
+        raise InputError(f"{folder}: no model.safetensors, no pytorch_model.bin and no index of either")
     tensors = {}
     for path in paths:
         try:
@@ -1220,27 +1165,23 @@ def write_whole(path, write):
 def load_image(source):
     """A path, encoded bytes or a PIL image -> PIL image, mode RGB: upright by its EXIF tag, transparency on white,
     16 bits scaled to 8, of an animation the first frame. Raises InputError naming the file."""
-    name = "picture" if isinstance(source, (bytes, Image.Image)) else source
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # ours is checked below, before anything is decoded
     try:
         image = source
         if not isinstance(source, Image.Image):
             image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
         if image.width * image.height > MAX_PIXELS:
-            raise InputError(f"{name}: {image.width} x {image.height} pixels, more than the limit of {MAX_PIXELS:,}")
+            raise ValueError(f"{image.width} x {image.height} pixels, more than the limit of {MAX_PIXELS:,}")
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):
             image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).clip(0, 255).round().astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
-            return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
-    except FileNotFoundError:
-        raise InputError(f"{name}: no such file") from None
-    except InputError:
-        raise
     except Exception as e:  # a damaged file can raise nearly anything out of a decoder
-        raise InputError(f"{name}: not a picture that can be read ({str(e) or type(e).__name__})") from e
+        name = "picture" if isinstance(source, (bytes, Image.Image)) else source
+        raise InputError(f"{name}: not a picture that can be read: {str(e) or type(e).__name__}") from e
     finally:
         Image.MAX_IMAGE_PIXELS = limit
 
@@ -1337,44 +1278,39 @@ def user_content(text, images):
     return [*places, "\n" + text] if images else [text]
 
 
+# What stands around the turns: system turn | before and behind a user's text | what ends an answer | what follows it.
+TEMPLATES = {
+    "qwen_1_5": ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n",
+                 "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>", "\n"),
+    "vicuna_v1": ("<s>A chat between a curious user and an artificial intelligence assistant. "
+                  "The assistant gives helpful, detailed, and polite answers to the user's questions. ",
+                  "USER: ", " ASSISTANT:", "</s>", ""),
+}
+
+
 def encode_chat(tokenizer, template, turns, start=True):
     """Conversation -> (ids list[int], answer list[bool]: True on what an assistant says and its end mark).
 
-    template: "qwen_1_5" or "vicuna_v1"; turns: [("user" | "assistant", text or list of texts and IMAGE_TOKEN), ...].
+    template: a key of TEMPLATES; turns: [("user" | "assistant", text or list of texts and IMAGE_TOKEN), ...].
     Every user's turn ends with what opens the answer. start=False continues behind a generated answer: its
     end mark instead of the system turn. Text is encoded apart from the special tokens around it, as LLaVA does.
     """
-    pieces = []  # (text or id, is answer)
+    def marks(text):  # a template's text -> list of texts and ids of special tokens
+        parts = re.split(r"(<\|im_start\|>|<\|im_end\|>|</?s>)", text)
+        return [tokenizer.id(part) if i % 2 else part for i, part in enumerate(parts) if part]
 
-    def add(*parts, answer=False):
-        for part in parts:
-            if isinstance(part, str) and pieces and isinstance(pieces[-1][0], str) and pieces[-1][1] == answer:
-                pieces[-1] = (pieces[-1][0] + part, answer)
-            else:
-                pieces.append((part, answer))
-
-    qwen = template == "qwen_1_5"
-    end = tokenizer.id("<|im_end|>" if qwen else "</s>")
-    im_start = tokenizer.id("<|im_start|>") if qwen else None
-    if qwen:
-        add(*([im_start, "system\nYou are a helpful assistant."] if start else []), end, "\n")
-    elif start:
-        add(tokenizer.id("<s>"), "A chat between a curious user and an artificial intelligence assistant. "
-            "The assistant gives helpful, detailed, and polite answers to the user's questions. ")
-    else:
-        add(end)
+    system, before, behind, end, then = TEMPLATES[template]
+    pieces = [(part, False) for part in marks(system if start else end + then)]  # (text or id, is answer)
     for role, content in turns:
         content = [content] if isinstance(content, str) else content
-        if role == "user":  # with what opens the answer
-            add(*((im_start, "user\n", *content, end, "\n", im_start, "assistant\n") if qwen
-                  else ("USER: ", *content, " ASSISTANT:")))
+        if role == "user":
+            pieces += [(part, False) for part in [*marks(before), *content, *marks(behind)]]
         else:
-            add(*content, end, answer=True)
-            if qwen:
-                add("\n")
+            pieces += [(part, True) for part in [*content, *marks(end)]] + [(part, False) for part in marks(then)]
     ids, answer = [], []
-    for part, is_answer in pieces:
-        new = tokenizer.encode(part) if isinstance(part, str) else [part]
+    for (is_text, is_answer), run in itertools.groupby(pieces, key=lambda piece: (isinstance(piece[0], str), piece[1])):
+        parts = [part for part, _ in run]
+        new = tokenizer.encode("".join(parts)) if is_text else parts  # neighbouring texts are encoded as one
         ids += new
         answer += [is_answer] * len(new)
     return ids, answer

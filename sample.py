@@ -124,7 +124,7 @@ def draw_gates(pages, path):
     say(f"heat map written to {path}")
 
 
-def ask(model, args, device, questions):
+def ask(model, args, questions):
     """Answer (paths of pictures, prompt) after each other, with heat maps where asked."""
     pages = []
     for paths, prompt in questions:
@@ -135,10 +135,10 @@ def ask(model, args, device, questions):
         text, _, facts = answer(model, ids, images, args, show=not args.json)
         if args.json:
             result = {"model": str(args.model), "images": [str(p) for p in paths], "prompt": prompt, "answer": text,
-                      **facts, "peak_memory_gib": round(cli.peak_memory(device), 3)}
+                      **facts, "peak_memory_gib": round(cli.peak_memory(model.device), 3)}
             print(json.dumps(result, ensure_ascii=False))
         else:
-            report(facts, device)
+            report(facts, model.device)
         if facts["gates"] and args.gates is not None and not args.json:
             say(gates_text(facts["gates"]))
         pages.append((prompt, facts["gates"]))
@@ -150,7 +150,7 @@ def ask(model, args, device, questions):
         draw_gates([page for page in pages if page[1]], args.gates)
 
 
-def chat(model, args, device):
+def chat(model, args):
     """Talk until Ctrl-D. The cache holds what was said: a turn only costs its own tokens."""
     images = [prepare_image(load_image(path), model.config, len(args.image) > 1) for path in args.image]
     cache = KVCache(model.config.decoder, 1, 0, model.device, model.dtype)
@@ -169,7 +169,7 @@ def chat(model, args, device):
         fed = cache.lengths[0] + len(prompt) + sum(cli.visual_tokens(p, model.config) - 1 for p in pictures)
         _, ids, facts = answer(model, prompt, pictures, args, cache)
         left = ids[max(0, cache.lengths[0] - fed) :]
-        report(facts, device)
+        report(facts, model.device)
         if facts["gates"] and args.gates is not None:
             say(gates_text(facts["gates"]))
 
@@ -240,13 +240,34 @@ def batch(model, args):
     return failed
 
 
-def parse():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+def add_model_flags(add):
     add("--model", default=str(HERE / "assets/nano"), help="folder or hub id (default: the bundled nano model)")
     add("--vision", help="separate vision encoder, for a bare decoder or an original LLaVA-1.5")
     add("--fusion", choices=list(PRESETS), help="add a fresh fusion to a checkpoint that has none")
     add("--key-map", help="JSON file with the names of AMP and AGF tensors we do not know (README)")
+    add("--device", default="auto", help="cpu, cuda, mps or auto (default)")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="default: auto")
+
+
+def load_model(args):
+    """The model of add_model_flags' flags; what it is and runs on goes to standard error."""
+    device, why = cli.pick_device(args.device)
+    dtype, why_dtype = cli.pick_dtype(args.dtype, device)
+    start = time.time()
+    model = CLI.from_pretrained(args.model, vision=args.vision, fusion=args.fusion, device=device, dtype=dtype,
+                                key_map=args.key_map)
+    if model.tokenizer is None:
+        raise InputError(f"{args.model} has no tokenizer.json: put the one of the decoder's family beside the weights")
+    parameters = sum(p.numel() for p in model.parameters())
+    say(f"[{args.model}: {parameters / 1e6:.1f} M parameters, loaded in {time.time() - start:.2f} s; "
+        f"device {device} ({why}), {str(dtype)[6:]} ({why_dtype})]")
+    return model
+
+
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add_model_flags(add)
     add("--image", action="append", default=[], metavar="FILE", help="a picture; may be repeated")
     add("--prompt", help="the question; without it: a chat on a terminal, else standard input is the prompt")
     add("--max-new-tokens", type=int, default=256, help="longest answer (default: %(default)s)")
@@ -255,8 +276,6 @@ def parse():
     add("--top-p", type=float, default=1.0, help="sample from the likeliest tokens that hold this share (default: 1)")
     add("--repetition-penalty", type=float, help="on tokens generated so far (default: what the checkpoint ships)")
     add("--seed", type=int, default=0, help="of the sampling (default: 0)")
-    add("--device", default="auto", help="cpu, cuda, mps or auto (default)")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="default: auto")
     add("--gates", nargs="?", const="", metavar="PNG", help="show W per decoder layer and vision level, or draw it")
     add("--json", action="store_true", help="one JSON object on standard output")
     add("--batch", metavar="JSONL", help="answer many questions; needs --out")
@@ -278,29 +297,20 @@ def main():
         load_image(path)
     if args.batch:
         read_questions(args.batch)
-    device, why = cli.pick_device(args.device)
-    dtype, why_dtype = cli.pick_dtype(args.dtype, device)
-    start = time.time()
-    model = CLI.from_pretrained(args.model, vision=args.vision, fusion=args.fusion, device=device, dtype=dtype,
-                                key_map=args.key_map)
-    if model.tokenizer is None:
-        raise InputError(f"{args.model} has no tokenizer.json: put the one of the decoder's family beside the weights")
-    parameters = sum(p.numel() for p in model.parameters())
-    say(f"[{args.model}: {parameters / 1e6:.1f} M parameters, loaded in {time.time() - start:.2f} s; "
-        f"device {device} ({why}), {str(dtype)[6:]} ({why_dtype})]")
+    model = load_model(args)
     if args.batch:
         failed = batch(model, args)
         if failed:
             raise InputError(f"{failed} questions could not be answered: their lines in {args.out} say why")
     elif args.prompt is not None:
-        ask(model, args, device, [(args.image, args.prompt)])
+        ask(model, args, [(args.image, args.prompt)])
     elif args.model == parser.get_default("model") and not args.image and not args.json:
         args.gates = args.gates if args.gates is not None else ""
-        ask(model, args, device, [([HERE / "assets/pictures" / name], prompt) for name, prompt in DEMO])
+        ask(model, args, [([HERE / "assets/pictures" / name], prompt) for name, prompt in DEMO])
     elif sys.stdin.isatty() and not args.json:
-        chat(model, args, device)
+        chat(model, args)
     else:
-        ask(model, args, device, [(args.image, sys.stdin.read().strip())])
+        ask(model, args, [(args.image, sys.stdin.read().strip())])
 
 
 if __name__ == "__main__":

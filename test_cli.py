@@ -1359,42 +1359,43 @@ def test_published_layouts(name):
     shapes, raw, tensors, unused, tied, blocks = PUBLISHED[name]
     assert len(shapes) == tensors
     tower = {"model_type": "clip", "vision_config": CLIP_L_JSON} if name.startswith("liuhaotian") else None
-    config = cli.read_config(raw, shapes, tower)
+    config, names = cli.read_layout(raw, shapes, tower)
     assert config.decoder.tie_word_embeddings is tied and config.vision.num_hidden_layers == blocks
     assert config.decoder.vocab_size == shapes[next(n for n in shapes if n.endswith("embed_tokens.weight"))][0]
-    mapping, ignored, fresh = cli.map_keys(shapes, config)
+    mapping, ignored, fresh = cli.map_keys(names, shapes, config)
     assert not fresh and len(ignored) == unused and all(ignored.values())
-    assert set(mapping) | set(ignored) == set(shapes) and not set(mapping) & set(ignored)
+    mapped = set(mapping.values())
+    assert mapped | set(ignored) == set(shapes) and not mapped & set(ignored) and len(mapped) == len(mapping)
     with torch.device("meta"):
         own = {n: tuple(p.shape) for n, p in CLI(config).state_dict().items()}
     if tied:
         own.pop("lm_head.weight", None)
-    assert {ours: shapes[theirs] for theirs, ours in mapping.items()} == own
+    assert {ours: shapes[theirs] for ours, theirs in mapping.items()} == own
 
 
 def test_config_fields_of_the_originals():
     """Pinpoints as a string and in transformers' (height, width) order, no tile limit, eos and penalty are all read."""
     shapes, raw = PUBLISHED["lmms-lab 0.5B"][:2]
-    full = cli.read_config(raw, shapes)
+    full = cli.read_layout(raw, shapes)[0]
     assert len(full.grid_pinpoints) == 36 and full.max_tiles == 9 and full.template == "qwen_1_5" and full.newline
     narrow = [[384, 768], [384, 1152]]  # original: (w, h), upright; transformers: (h, w), lying
-    mid = cli.read_config(dict(raw, image_aspect_ratio="anyres", image_grid_pinpoints=narrow), shapes)
+    mid = cli.read_layout(dict(raw, image_aspect_ratio="anyres", image_grid_pinpoints=narrow), shapes)[0]
     assert mid.grid_pinpoints == ((384, 768), (384, 1152)) and mid.max_tiles is None
     shapes_hf, raw_hf = PUBLISHED["llava-hf OneVision 0.5B"][:2]
-    turned = cli.read_config(dict(raw_hf, image_grid_pinpoints=narrow), shapes_hf)
+    turned = cli.read_layout(dict(raw_hf, image_grid_pinpoints=narrow), shapes_hf)[0]
     assert turned.grid_pinpoints == ((768, 384), (1152, 384))
     assert cli.kept_area((2304, 2304), (6, 6), 27, None)[1] == (162, 162)
     generation = {"eos_token_id": [151645, 151643], "repetition_penalty": 1.1, "do_sample": True}
-    config = cli.read_config(raw, shapes, generation=generation)
+    config = cli.read_layout(raw, shapes, generation=generation)[0]
     assert config.eos_token_ids == (151645, 151643) and config.repetition_penalty == 1.1
     shapes_15, raw_15 = PUBLISHED["llava-hf LLaVA-1.5-7B"][:2]
-    old = cli.read_config(raw_15, shapes_15)
+    old = cli.read_layout(raw_15, shapes_15)[0]
     assert (old.image_aspect_ratio, old.newline, old.template, old.eos_token_ids) == ("pad", False, "vicuna_v1", (2,))
     assert old.vision.image_mean == CLIP_MEAN and old.vision.layer_norm_eps == 1e-5
     assert (old.decoder.rms_norm_eps, old.decoder.rope_theta, old.decoder.num_attention_heads) == (1e-5, 1e4, 32)
     assert (full.decoder.rope_theta, full.decoder.head_dim, full.vision.image_size) == (1e6, 64, 384)
     assert Config.from_dict(json.loads(json.dumps(old.to_dict()))) == old
-    assert cli.read_config(dict(raw, image_grid_pinpoints="(1x1),...,(6x6)"), shapes) == full
+    assert cli.read_layout(dict(raw, image_grid_pinpoints="(1x1),...,(6x6)"), shapes)[0] == full
 
 
 def foreign_checkpoint(folder, fusion, agf, amp, separate=False):
@@ -1406,8 +1407,8 @@ def foreign_checkpoint(folder, fusion, agf, amp, separate=False):
     model = tiny(fusion, seed=8)
     state, tensors = model.state_dict(), published_tensors(onevision(False), "original")
     shapes = {n: tuple(t.shape) for n, t in tensors.items()}
-    mapping = cli.map_keys(shapes, cli.read_config(original_config(onevision(False)), shapes))[0]
-    tensors = {theirs: state[ours] for theirs, ours in mapping.items()}
+    config, names = cli.read_layout(original_config(onevision(False)), shapes)
+    tensors = {theirs: state[ours] for ours, theirs in cli.map_keys(names, shapes, config)[0].items()}
     routes = dict(fusion.routes)
     for name, tensor in state.items():
         part, l, rest = (name + "..").split(".", 2)
@@ -1549,11 +1550,13 @@ def test_errors_of_keys(tmp_path):
         del tensors[name]
     tensors["model.layers.2.mlp.down_proj.weight"] = torch.ones(WIDTH, 5)
     tensors["model.layers.3.surprise.weight"] = torch.ones(7, 3)
+    tensors["image_newline"] = torch.ones(WIDTH)  # two names of one tensor: neither wins in silence
     write(tmp_path, original_config(onevision()), tensors)
     with pytest.raises(InputError) as error:
         load(tmp_path)
     message = str(error.value)
-    for part in ("1.self_attn.q_proj.bias", "2.mlp.down_proj.weight", "3.surprise.weight", "projector", "48", "[7, 3]"):
+    for part in ("1.self_attn.q_proj.bias", "2.mlp.down_proj.weight", "3.surprise.weight", "projector", "48", "[7, 3]",
+                 f"image_newline [{WIDTH}]"):
         assert part in message, f"{part!r} not in {message}"
 
 

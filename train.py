@@ -498,7 +498,7 @@ def train(cfg):
             recent = [*recent[-19:], took]
             line = {"step": step, "loss": loss, "lr": cfg.lr_decoder * rate, "norm": norm, "gates": gates,
                     "tokens_per_s": round(fed * world / took), "mfu": matrix_flops * fed / took / peak if peak else 0.0,
-                    "gib": peak_memory(device), "seconds": round(seconds, 1)}
+                    "gib": cli.peak_memory(device), "seconds": round(seconds, 1)}
             if dev and (step % cfg.eval_every == 0 or step == steps):
                 line["dev_loss"] = mean_loss(model, dev, dev_usable[:256], cfg, autocast)
             if rank == 0:
@@ -526,15 +526,6 @@ def readable(line, steps, left):
             + (f"W {gates}  " if gates else "") + f"{line['tokens_per_s']} tok/s  MFU {100 * line['mfu']:.0f}%  "
             f"{line['gib']:.1f} GiB  {left / 60:.1f} min left"
             + (f"  dev {line['dev_loss']:.4f}" if "dev_loss" in line else ""))
-
-
-def peak_memory(device):
-    """GiB: what CUDA allocated at most, elsewhere the largest resident size of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

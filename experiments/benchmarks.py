@@ -28,7 +28,8 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
 import cli  # noqa: E402
-from cli import CLI, IMAGE_TOKEN, PRESETS, InputError, encode_chat, user_content  # noqa: E402
+from cli import IMAGE_TOKEN, InputError, encode_chat, user_content  # noqa: E402
+from sample import add_model_flags, load_model  # noqa: E402
 from train import commit, picture_tokens  # noqa: E402
 
 try:
@@ -225,36 +226,25 @@ def choose_tasks(text, manager):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", default=str(HERE / "assets/nano"), help="folder or hub id (default: the bundled nano model)")
-    add("--vision", help="separate vision encoder, for a bare decoder or an original LLaVA-1.5")
-    add("--fusion", choices=list(PRESETS), help="add a fresh fusion to a checkpoint that has none")
-    add("--key-map", help="JSON file with the names of AMP and AGF tensors we do not know (README)")
+    add_model_flags(add)
     add("--tasks", required=True, help=f"names of LMMs-Eval's tasks, with commas; or a list: {', '.join(GROUPS)}")
     add("--include-path", help="folder with further tasks (yaml)")
     add("--limit", type=int, help="only the first questions of every task")
     add("--batch-size", type=int, default=8, help="questions decoded together (default: %(default)s)")
     add("--out", type=Path, required=True, help="folder of the run")
     add("--beside", type=Path, help="folder of another run, to put its figures in the table")
-    add("--device", default="auto", help="cpu, cuda, mps or auto (default)")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="default: auto")
     args = parser.parse_args()
     if args.batch_size < 1 or args.limit is not None and args.limit < 1:
         raise InputError("--batch-size and --limit must be at least 1")
     logger.remove()
     logger.add(sys.stderr, level="WARNING")
     beside = read_lines(args.beside / "results.jsonl") if args.beside else []
-    device, why = cli.pick_device(args.device)
-    dtype, why_dtype = cli.pick_dtype(args.dtype, device)
-    model = CLI.from_pretrained(args.model, vision=args.vision, fusion=args.fusion, device=device, dtype=dtype,
-                                key_map=args.key_map)
-    if model.tokenizer is None:
-        raise InputError(f"{args.model} has no tokenizer.json: put the one of the decoder's family beside the weights")
-    print(f"{args.model}: device {device} ({why}), {str(dtype)[6:]} ({why_dtype})", file=sys.stderr)
+    model = load_model(args)
     manager = TaskManager("WARNING", include_path=args.include_path and str(args.include_path),
                           model_name=WRAPPERS[model.config.template])
     tasks = choose_tasks(args.tasks, manager)
     answers, results = open_run(args.out, {"model": args.model, "fusion": args.fusion, "weights": fingerprint(model),
-                                           "dtype": str(dtype)[6:], "device": str(device)})
+                                           "dtype": str(model.dtype)[6:], "device": model.device.type})
     lines, failed = [], []
     with open(args.out / "answers.jsonl", "a", encoding="utf-8") as file:
         for task in tasks:
