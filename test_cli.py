@@ -986,6 +986,18 @@ def test_batch_equals_each_alone():
     assert len(cut[1]) <= 4
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_attention_in_blocks_equals_the_fused_kernel(dtype, tolerance, causal):
+    """On a CPU: training in float32 and inference in bfloat16 take 128 queries at a time."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 300, 16, generator=generator).to(dtype) for heads in (6, 2, 2))
+    with torch.set_grad_enabled(dtype == torch.float32):
+        ours = cli.attention(q, k, v, causal)
+    reference = F.scaled_dot_product_attention(*(x.double() for x in (q, k, v)), is_causal=causal, enable_gqa=True)
+    assert closeness(ours.double(), reference) < tolerance
+
+
 @pytest.mark.parametrize("position", [0, 1])
 def test_stops_at_either_stop_token(position):
     """Generation ends before the first of the two stop ids, whichever it is; without them it runs to the limit."""
