@@ -882,7 +882,9 @@ class CLI(nn.Module):
                 fusion = fusion_preset(fusion, config.decoder.num_hidden_layers, config.vision.num_hidden_layers,
                                        gate_bias_init=-4.0)
             config = dataclasses.replace(config, fusion=fusion)
-        mapping, ignored, fresh = map_keys(shapes, config, key_map)
+        with torch.device("meta"):
+            model = CLI(config).eval()
+        mapping, ignored, fresh = map_keys(shapes, config, key_map, model)
         notes = [f"ignored {n} tensors: {reason}" for reason, n in Counter(ignored.values()).items()]
         if fresh:
             notes.append(f"freshly initialised, not in {source}: {', '.join(p.rstrip('.') for p in fresh)}")
@@ -891,8 +893,6 @@ class CLI(nn.Module):
         if notes and not quiet:
             print("\n".join(notes), file=sys.stderr)
 
-        with torch.device("meta"):
-            model = CLI(config).eval()
         stored = {}  # our name -> tensors; q, k and v of a gate's attention may be stored apart, as name[0..2]
         for name, ours in sorted(mapping.items(), key=lambda item: item[1]):
             stored.setdefault(ours.split("[")[0], []).append(tensors[name])
@@ -1033,15 +1033,15 @@ def derive_fusion(names, shapes, key_map):
         agf_attention="split" if any(".attn_h." in ours for ours in found) else "shared")
 
 
-def map_keys(shapes, config, key_map=None):
+def map_keys(shapes, config, key_map=None, model=None):
     """{published name: shape} -> ({published name: our name}, {ignored name: reason}, [our prefixes that start fresh]).
 
     Fresh may be, each only as a whole: AMP and AGF, and for a bare encoder and decoder the projector and newline.
-    Raises InputError naming every missing, unexpected and misshapen key at once.
+    Raises InputError naming every missing, unexpected and misshapen key at once. model: CLI(config), if there already.
     """
     names, _ = our_names(shapes, key_map or {})
     with torch.device("meta"):
-        expected = {name: tuple(p.shape) for name, p in CLI(config).state_dict().items()}
+        expected = {name: tuple(p.shape) for name, p in (model or CLI(config)).state_dict().items()}
     if config.decoder.tie_word_embeddings:
         del expected["lm_head.weight"]
     mapping, ignored, problems = {}, {}, {"missing": [], "unexpected": [], "misshapen": []}
