@@ -5,6 +5,7 @@
 Names, shapes, dtype, the split into files and the fields of config.json are those of `llava-onevision-qwen2-0.5b-ov`
 and `-7b-ov`; only the numbers are not. So loading, memory and speed can be measured without the hub; what such a
 model *says* is noise. (config.json follows the 7B's; the 0.5B's own was not seen, only its sizes are known.)
+--layout llava-hf gives the same numbers the names and config.json of llava-hf's conversions, which transformers reads.
 
     size    tensors   bytes of tensors   head               files
     0.5b        716      1,787,236,416   tied, not stored   model.safetensors
@@ -97,6 +98,21 @@ def tensor_shapes(size, vocab_size):
     if not size.tied:
         shapes["lm_head.weight"] = (V, D)
     return shapes
+
+
+LLAVA_HF = [  # lmms-lab's prefix -> llava-hf's since transformers 4.52; the first that fits wins
+    ("model.vision_tower.vision_tower.", "model.vision_tower."),
+    ("model.mm_projector.0.", "model.multi_modal_projector.linear_1."),
+    ("model.mm_projector.2.", "model.multi_modal_projector.linear_2."),
+    ("model.image_newline", "model.image_newline"),
+    ("model.", "model.language_model."),
+    ("lm_head.", "lm_head."),
+]
+
+
+def llava_hf_name(name):
+    old, new = next(pair for pair in LLAVA_HF if name.startswith(pair[0]))
+    return new + name[len(old) :]
 
 
 def random_pieces(name, shape, generator):
@@ -208,6 +224,38 @@ def model_config(size, vocab_size):
     }
 
 
+def llava_hf_config(size, vocab_size):
+    """config.json of llava-hf's conversions; here SigLIP is described. (No published one was seen: its fields are
+    those that transformers' LlavaOnevisionConfig has.)"""
+    lmms = model_config(size, vocab_size)
+    text = ("hidden_size", "intermediate_size", "max_position_embeddings", "max_window_layers", "num_attention_heads",
+            "num_hidden_layers", "num_key_value_heads", "rms_norm_eps", "rope_theta", "sliding_window",
+            "use_sliding_window", "tie_word_embeddings", "vocab_size", "bos_token_id", "eos_token_id")
+    return {
+        "architectures": ["LlavaOnevisionForConditionalGeneration"],
+        "model_type": "llava_onevision",
+        "dtype": "bfloat16",
+        "image_grid_pinpoints": lmms["image_grid_pinpoints"],
+        "image_token_index": min(151646, vocab_size - 2),
+        "video_token_index": min(151647, vocab_size - 1),
+        "tie_word_embeddings": size.tied,
+        "vision_aspect_ratio": "anyres_max_9",
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "full",
+        "text_config": {"model_type": "qwen2", **{key: lmms[key] for key in text}},
+        "vision_config": {
+            "model_type": "siglip_vision_model",
+            "hidden_size": size.vision_hidden,
+            "image_size": 384,
+            "intermediate_size": size.vision_intermediate,
+            "num_attention_heads": size.vision_hidden // (72 if size.vision_hidden == 1152 else 64),
+            "num_hidden_layers": size.vision_layers,
+            "patch_size": 14,
+            "vision_use_head": False,
+        },
+    }
+
+
 def generation_config(size):
     """generation_config.json as published: its repetition penalty stays on when sampling is switched off."""
     return {
@@ -252,13 +300,16 @@ class Progress:
             print("\r" + text, end="\n" if self.done == self.total else "", file=sys.stderr, flush=True)
 
 
-def write_checkpoint(size, out, tokenizer, seed=0):
+def write_checkpoint(size, out, tokenizer, seed=0, layout="lmms-lab"):
     """Write the folder `out`; it appears under its name only when it is complete. -> (tensors, bytes of tensors)"""
     rows = tokenizer_rows(tokenizer)
     vocab_size = size.vocab_size or -(-rows // 64) * 64
     if rows > vocab_size:
         raise ValueError(f"{tokenizer} has {rows} ids, the embedding of this size only {vocab_size} rows")
-    shapes = tensor_shapes(size, vocab_size)
+    shapes, config = tensor_shapes(size, vocab_size), model_config(size, vocab_size)
+    if layout == "llava-hf":
+        shapes = {llava_hf_name(name): shape for name, shape in shapes.items()}
+        config = llava_hf_config(size, vocab_size)
     files, total = shards(shapes), sum(math.prod(s) for s in shapes.values()) * 2
     partial = out.with_name(out.name + ".partial")
     if partial.exists():
@@ -273,7 +324,7 @@ def write_checkpoint(size, out, tokenizer, seed=0):
     if len(files) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_json(partial / "model.safetensors.index.json", index, sort_keys=True)
-    write_json(partial / "config.json", model_config(size, vocab_size))
+    write_json(partial / "config.json", config)
     write_json(partial / "generation_config.json", generation_config(size))
     shutil.copyfile(tokenizer, partial / "tokenizer.json")
     os.rename(partial, out)
@@ -285,6 +336,7 @@ def main():
     parser.add_argument("--size", choices=SIZES, required=True, help="whose shapes; tiny: the same names, toy size")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist yet")
     parser.add_argument("--tokenizer", type=Path, required=True, help="Qwen2's tokenizer.json, to copy (tiny: any)")
+    parser.add_argument("--layout", choices=("lmms-lab", "llava-hf"), default="lmms-lab", help="whose names")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same bytes (default 0)")
     args = parser.parse_args()
     out = args.out.resolve()
@@ -294,7 +346,7 @@ def main():
         parser.error(f"no file {args.tokenizer}")
     start = time.time()
     try:
-        count, total = write_checkpoint(SIZES[args.size], out, args.tokenizer, args.seed)
+        count, total = write_checkpoint(SIZES[args.size], out, args.tokenizer, args.seed, args.layout)
     except (KeyError, ValueError) as error:  # a tokenizer.json that is none, or too large
         parser.error(f"{args.tokenizer}: {error}")
     print(f"{args.out}: {count} tensors, {total:,} bytes, {time.time() - start:.0f} s")

@@ -1,0 +1,458 @@
+"""Speed and memory of cli.py and of transformers on the same random weights, beside what the machine can do at most.
+
+    python experiments/speed.py --size nano                 under two minutes: to see that it runs
+    python experiments/speed.py --size 0.5b --dtype bfloat16 --readme README.md
+    python experiments/speed.py --size 7b --device cuda --dtype bfloat16 --readme README.md
+
+Needs transformers. Each round starts four processes in turn: the machine's limits, cli.py
+without fusion, transformers, cli.py with a fresh `cli` fusion; so noise meets all of them, and peak memory is each
+one's own. A process takes medians of its repeats, the table medians of the rounds. transformers runs with SDPA and,
+figure by figure, with its dynamic or its static cache, whichever was faster. Both sides go through generate(), greedy.
+
+The picture is of 384 x 384 pixels, two crops, 1,485 visual tokens, with 30 tokens of text; its crops are prepared
+beforehand. Decoding at 7,000 tokens and in batches (of unequal lengths, the longest 1,500) runs on caches that were
+filled with random values. "Cold" is from the start of loading to the first token: a file that is mapped into memory
+is only read when it is used. Peak memory covers loading, that picture and the tokens behind it.
+
+The limits: copy bandwidth (bytes read and written), the bandwidth of one matrix-vector product over as many bytes as a
+decode step reads of the weights, and the rate of a product of two square matrices. A figure's share of the limit is
+the least time that its bytes or its operations take by these, over the time that it took: decoding must read every
+weight once a step (embeddings only as the head) and every cached key and value; prefill and the vision encoder must
+multiply every weight with every token, and every query with the keys before it. On CUDA decoding is held against the
+copy bandwidth, a picture of 1152 x 1152 pixels (7,371 visual tokens) is read too, and cli.py's ways to attend
+(flash-attn, varlen_attn, SDPA) are compared on it.
+
+Writes experiments/results/speed-SIZE-DEVICE-DTYPE.jsonl: the machine, then a line a process as it ends, then a line a
+figure. A run that was stopped starts anew.
+"""
+import argparse
+import dataclasses
+import functools
+import gc
+import importlib.util
+import json
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+
+import torch
+
+HERE = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(HERE))
+import cli  # noqa: E402
+from cli import CLI, IMAGE_TOKEN, InputError, KVCache, Picture, Stream  # noqa: E402
+from experiments.random_checkpoint import SIZES, write_checkpoint  # noqa: E402
+from train import commit  # noqa: E402
+
+TEXT = list(range(10, 40))  # the prompt's ids, half before the picture and half behind it
+LONG = 7000  # cached tokens of the long decode; the batches' longest sequence is BATCHED
+BATCHED = 1500
+SIDES = ("limits", "none", "transformers", "cli")
+# figure: (what it is, unit, what limits it: mm = matrix products, read = reading weights and cache)
+FIGURES = {
+    "load": ("load from disk, warm", "s", None),
+    "cold": ("cold: load and first token", "s", None),
+    "vision": ("vision encoding, 384 x 384", "s", "mm"),
+    "prefill": ("prefill to the first token, 384 x 384", "s", "mm"),
+    "prefill_large": ("prefill to the first token, 1152 x 1152", "s", "mm"),
+    "decode": ("decode at 1,500 cached tokens", "tokens/s", "read"),
+    "decode_long": ("decode at 7,000 cached tokens", "tokens/s", "read"),
+    "batch_8": ("decode, batch of 8, up to 1,500 cached", "tokens/s", "read"),
+    "batch_32": ("decode, batch of 32, up to 1,500 cached", "tokens/s", "read"),
+    "peak": ("peak memory", "GiB", None),
+    "parameters": ("parameters", "million", None),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What both sides are given
+
+
+def picture(grid):
+    """A picture of grid x grid tiles of random pixels -> (Picture, number of its visual tokens)."""
+    crops = torch.randn(1 + grid**2, 3, 384, 384, generator=torch.Generator().manual_seed(0))
+    return Picture(crops, (384 * grid, 384 * grid), (grid, grid)), 729 + 27 * grid * (27 * grid + 1)
+
+
+def cached(batch, length):
+    """Cached tokens of each sequence: one has `length`, others down to half of it."""
+    return [length - i * length // (2 * batch) for i in range(batch)]
+
+
+def random_keys(heads, length, hd):  # -> (1, heads, length, hd): for every layer and sequence the same
+    return torch.randn(1, heads, length, hd, generator=torch.Generator().manual_seed(0))
+
+
+def timed(f, device, repeats=3):
+    """Median seconds of f(), after one call that is not counted."""
+    times = []
+    for _ in range(1 + repeats):
+        start = now(device)
+        f()
+        times.append(now(device) - start)
+    return median(times[1:])
+
+
+def now(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def rate(times, batch=1):
+    """Tokens a second from the seconds of each step; the first two hold the prompt and what is set up for it."""
+    return batch / median(times[2:])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The processes that measure: each returns {figure: value}
+
+
+def load_ours(args, device, dtype, fusion="none"):
+    model = CLI.from_pretrained(args.folder, fusion=fusion, device=device, dtype=dtype, quiet=True)
+    model.config = dataclasses.replace(model.config, eos_token_ids=())  # noise must not stop early
+    return model
+
+
+def work(model, lengths=(), tokens=0, crops=0):
+    """-> bytes that a decode step at these cached lengths reads, operations of prefill and of vision encoding"""
+    def size(module):  # of its matrices
+        return sum(p.numel() for p in module.parameters() if p.ndim > 1)
+
+    d, v = model.config.decoder, model.config.vision
+    keys = 2 * d.num_hidden_layers * d.num_key_value_heads * d.head_dim
+    read = (size(model.decoder.layers) + size(model.lm_head) + keys * sum(lengths)) * model.dtype.itemsize
+    P = v.side**2
+    vision = crops * P * (2 * size(model.vision.layers) + 4 * P * v.hidden_size * v.num_hidden_layers)
+    vision += 2 * crops * P * (size(model.vision.patch_embedding) + size(model.projector))
+    attention = 2 * tokens**2 * d.num_attention_heads * d.head_dim * d.num_hidden_layers  # causal: half of the square
+    return read, vision + 2 * tokens * size(model.decoder.layers) + attention + 2 * size(model.lm_head), vision
+
+
+def measure_limits(args, device, dtype):
+    model = load_ours(args, device, dtype)
+    read, D = work(model)[0], model.config.decoder.hidden_size
+    floor = 2**28 if args.size != "nano" else 2**26  # more than any cache holds
+    a = torch.ones(max(read, floor) // dtype.itemsize // D, D, device=device, dtype=dtype)
+    x, b = torch.ones(1, D, device=device, dtype=dtype), torch.empty_like(a)
+    n = 8192 if device.type == "cuda" else 2048
+    square = torch.ones(n, n, device=device, dtype=dtype)
+    result = {"copy": 2 * a.nbytes / timed(lambda: b.copy_(a), device, 5),
+              "matvec": a.nbytes / timed(lambda: torch.nn.functional.linear(x, a), device, 5),
+              "matmat": 2 * n**3 / timed(lambda: square @ square, device, 5)}
+    for figure, lengths in lengths_of(args).items():
+        result["read " + figure] = work(model, lengths)[0]
+    for figure, grid in (("prefill", 1), ("prefill_large", 3)):
+        _, result["operations " + figure], vision = work(model, (), picture(grid)[1] + len(TEXT), 1 + grid**2)
+        result.setdefault("operations vision", vision)
+    return result
+
+
+def lengths_of(args):
+    """Cached lengths of each decode figure."""
+    return {"decode": [picture(1)[1] + len(TEXT) + args.steps // 2], "decode_long": [LONG],
+            "batch_8": cached(8, BATCHED), "batch_32": cached(32, BATCHED)}
+
+
+def measure_ours(args, device, dtype, fusion):
+    start = now(device)
+    model = load_ours(args, device, dtype, fusion)
+    result = {"load": now(device) - start, "parameters": sum(p.numel() for p in model.parameters()) / 1e6}
+    prompt = [*TEXT[:15], IMAGE_TOKEN, *TEXT[15:]]
+
+    def generate(prompts, images=None, cache=None):
+        times, ids, last = [], [], now(device)
+        for step in model.generate(prompts, images, args.steps, repetition_penalty=1, cache=cache):
+            times.append(now(device) - last)
+            ids.append(step[0])
+            last = now(device)
+        return times, ids
+
+    def on_filled_cache(lengths):
+        cache = KVCache(model.config.decoder, len(lengths), max(lengths) + args.steps + 1, device, dtype)
+        for x in (cache.k, cache.v):
+            x[..., : max(lengths), :] = random_keys(x.shape[2], max(lengths), x.shape[4])
+        cache.lengths = list(lengths)
+        return rate(generate([[TEXT[0]]] * len(lengths), cache=cache)[0], len(lengths))
+
+    small, count = picture(1)
+    runs = [generate([prompt], [[small]]) for _ in range(3)]
+    result |= {"cold": result["load"] + runs[0][0][0], "peak": cli.peak_memory(device), "first": runs[0][1][0],
+               "prefill": median(times[0] for times, _ in runs[1:]), "decode": median(rate(t) for t, _ in runs)}
+    with torch.inference_mode():
+        tokens = torch.tensor(prompt, device=device)
+        stream = Stream(tokens, [small], [len(prompt)], None, model.config)
+        result["vision"] = timed(lambda: model.see([small], stream), device)
+        if device.type == "cuda":
+            large = picture(3)[0]
+            result["prefill_large"] = timed(lambda: generate_one(model, prompt, large), device)
+            result |= compare_attention(model, tokens, large, device)
+    for figure, lengths in list(lengths_of(args).items())[1:]:
+        result[figure] = on_filled_cache(lengths)
+        gc.collect()
+    return result
+
+
+def generate_one(model, prompt, image):
+    return list(model.generate([prompt], [[image]], 1, repetition_penalty=1))
+
+
+def compare_attention(model, tokens, image, device):
+    """Prefill of the large picture through every way to attend that is installed: seconds, and the largest difference
+    of the logits from SDPA's, as a share of the largest logit."""
+    flash, varlen = here = cli.flash_attn_varlen_func, cli.varlen_attn
+    result, reference = {}, None
+    for name, way in {"sdpa": (None, None), "varlen_attn": (None, varlen), "flash_attn": (flash, None)}.items():
+        if name != "sdpa" and not any(way):
+            continue
+        cli.flash_attn_varlen_func, cli.varlen_attn = way
+        logits = model(tokens, [image], select="last")[0].float()
+        reference = logits if reference is None else reference
+        result[f"attend {name}"] = timed(lambda: model(tokens, [image], select="last"), device)
+        result[f"difference {name}"] = ((logits - reference).abs().max() / reference.abs().max()).item()
+    cli.flash_attn_varlen_func, cli.varlen_attn = here
+    return result
+
+
+def measure_transformers(args, device, dtype):
+    import transformers
+    from transformers import DynamicCache, GenerationConfig, LlavaOnevisionForConditionalGeneration, StaticCache
+
+    _ = transformers.Qwen2Model, transformers.SiglipVisionModel  # so that their import is no part of loading
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    start = now(device)
+    model = LlavaOnevisionForConditionalGeneration.from_pretrained(
+        args.folder, dtype=dtype, attn_implementation="sdpa").to(device).eval()
+    result = {"load": now(device) - start, "parameters": sum(p.numel() for p in model.parameters()) / 1e6}
+    text = model.config.text_config
+    # as ours: greedy, no penalty, no stop
+    model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
+
+    def inputs(grid):
+        image, count = picture(grid)
+        ids = [*TEXT[:15], *[model.config.image_token_id] * count, *TEXT[15:]]
+        return {"input_ids": torch.tensor([ids], device=device),
+                "pixel_values": image.crops[None].to(device, dtype),
+                "image_sizes": torch.tensor([image.size[::-1]], device=device)}
+
+    def new_cache(static, length):
+        return StaticCache(text, max_cache_len=length) if static else DynamicCache(config=text)
+
+    def generate(inputs, cache, steps=args.steps):
+        ticks, ids = [now(device)], []
+
+        class Clock:
+            def put(self, value):
+                ticks.append(now(device))
+                ids.append(value.flatten()[0].item())
+
+            def end(self):
+                pass
+
+        mask = inputs.pop("attention_mask", None)
+        mask = torch.ones_like(inputs["input_ids"]) if mask is None else mask
+        model.generate(**inputs, attention_mask=mask, past_key_values=cache, max_new_tokens=steps, streamer=Clock())
+        ticks.pop(1)  # the prompt
+        return [b - a for a, b in zip(ticks, ticks[1:])], ids[1:]
+
+    def on_filled_cache(lengths, static):
+        longest, batch = max(lengths), len(lengths)
+        cache = new_cache(static, longest + args.steps + 1)
+        keys = random_keys(text.num_key_value_heads, longest, text.hidden_size // text.num_attention_heads)
+        keys = keys.to(device, dtype).expand(batch, -1, -1, -1)
+        for l in range(text.num_hidden_layers):
+            cache.update(keys, keys, l)
+        behind = torch.arange(longest + 1, device=device) >= longest - torch.tensor(lengths, device=device)[:, None]
+        ids = torch.full((batch, longest + 1), TEXT[0], device=device)
+        return rate(generate({"input_ids": ids, "attention_mask": behind.long()}, cache)[0], batch)
+
+    with torch.inference_mode():
+        small = inputs(1)
+        length = small["input_ids"].shape[1] + args.steps
+        runs = [generate(dict(small), new_cache(False, length)) for _ in range(3)]
+        result |= {"cold": result["load"] + runs[0][0][0], "peak": cli.peak_memory(device), "first": runs[0][1][0]}
+        static = [generate(dict(small), new_cache(True, length)) for _ in range(2)]
+        both = (runs[1:], static[1:])
+        result["prefill"] = min(median(times[0] for times, _ in some) for some in both)
+        result["decode"] = max(median(rate(times) for times, _ in some) for some in both)
+        pixels = {key: small[key] for key in ("pixel_values", "image_sizes")}
+        result["vision"] = timed(lambda: model.get_image_features(**pixels), device)
+        if device.type == "cuda":
+            large = inputs(3)
+            result["prefill_large"] = timed(lambda: generate(dict(large), new_cache(False, 0), 1), device)
+        for figure, lengths in list(lengths_of(args).items())[1:]:
+            result[figure] = max(on_filled_cache(lengths, static) for static in (False, True))
+            gc.collect()
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+def processor():
+    try:
+        return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+    except (OSError, TypeError):
+        return platform.processor() or platform.machine()
+
+
+def least_time(figure, limits, device):
+    """The seconds (of a decode step: all its sequences) that the limits allow, or None."""
+    kind = FIGURES[figure][2]
+    if kind == "mm":
+        return limits["operations " + figure] / limits["matmat"]
+    return kind and limits["read " + figure] / limits["copy" if device.type == "cuda" else "matvec"]
+
+
+def targets(m, device):
+    """[(what, value, bound)]: value must be at least bound, or at most -bound where bound is negative."""
+    ours, theirs, both = m["none"], m["transformers"], m["cli"]
+    cuda, itemsize = device.type == "cuda", m["itemsize"]
+    added = (both["parameters"] - ours["parameters"]) * 1e6 * itemsize / 2**30
+    rows = [("decode at 1,500: x transformers", ours["decode"] / theirs["decode"], 2 if cuda else 1.8),
+            ("decode at 1,500: % of the limit", m["share"]["decode"], 85 if cuda else 75)]
+    if cuda:
+        rows += [("large prefill: x transformers", theirs["prefill_large"] / ours["prefill_large"], 1.2),
+                 ("large prefill: % of the limit", m["share"]["prefill_large"], 60)]
+    else:
+        rows += [("prefill: time / transformers'", ours["prefill"] / theirs["prefill"], -0.8),
+                 ("batch of 8: x single sequence", ours["batch_8"] / ours["decode"], 3)]
+    return [*rows,
+            ("load: time / transformers'", ours["load"] / theirs["load"], -0.5),
+            ("peak memory / transformers'", ours["peak"] / theirs["peak"], -1),
+            ("cli over none: prefill", both["prefill"] / ours["prefill"], -1.05),
+            ("cli over none: decode (2 % noise)", both["decode"] / ours["decode"], 0.98),
+            ("cli over none: peak memory without the added parameters", (both["peak"] - added) / ours["peak"], -1.013)]
+
+
+def table(m, head, device):
+    """Markdown: the figures, the targets, what it ran on."""
+    def show(value):
+        return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
+
+    lines = ["| figure | unit | `cli.py` | transformers | times as good | % of the limit | with `--fusion cli` |",
+             "|---|---|---|---|---|---|---|"]
+    for figure, (what, unit, _) in FIGURES.items():
+        if figure not in m["none"]:
+            continue
+        ours, theirs, both = (m[side][figure] for side in ("none", "transformers", "cli"))
+        better = ours / theirs if unit == "tokens/s" else theirs / ours
+        share = f"{m['share'][figure]:.0f}" if figure in m["share"] else ""
+        lines.append(f"| {what} | {unit} | {show(ours)} | {show(theirs)} | {better:.2f} | {share} | {show(both)} |")
+    lines += ["", "| target | reached | asked | |", "|---|---|---|---|"]
+    for what, value, bound in targets(m, device):
+        met = value <= -bound if bound < 0 else value >= bound
+        lines.append(f"| {what} | {show(value)} | {'at most' if bound < 0 else 'at least'} {abs(bound):g} | "
+                     f"{'met' if met else 'not met'} |")
+    for name in ("sdpa", "varlen_attn", "flash_attn"):
+        if f"attend {name}" in m["none"]:
+            lines += ["", f"1152 x 1152 through {name}: {show(m['none'][f'attend {name}'])} s, logits at most "
+                          f"{m['none'][f'difference {name}']:.1e} of the largest one from SDPA's."]
+    limits, same = m["limits"], m["none"]["first"] == m["transformers"]["first"]
+    return [*lines, "", f"{head['size']}, {head['dtype']}, {head['machine']}, {head['threads']} threads; torch "
+            f"{head['torch']}, transformers {head['transformers']}, Python {head['python']}; commit "
+            f"{head['commit'][:16]}; {head['rounds']} rounds. Limits: copy {limits['copy'] / 1e9:.1f} GB/s, "
+            f"matrix-vector {limits['matvec'] / 1e9:.1f} GB/s, matrix-matrix {limits['matmat'] / 1e9:,.0f} GFLOP/s. "
+            f"{'The same' if same else 'Not the same'} first token on both sides."]
+
+
+def in_process(side, args):
+    """Measure one side in a process of its own -> {figure: value}"""
+    command = [sys.executable, __file__, "--size", args.size, "--device", args.device, "--dtype", args.dtype,
+               "--folder", str(args.folder), "--side", side]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise InputError(f"{side}: {(done.stderr.strip().splitlines() or ['killed'])[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def prepare(args):
+    """The checkpoint, in llava-hf's layout, which both sides read, in the page cache."""
+    if not args.folder.is_dir():
+        size = SIZES["tiny" if args.size == "nano" else args.size]
+        write_checkpoint(size, args.folder, HERE / "assets/nano/tokenizer.json", layout="llava-hf")
+    for path in args.folder.glob("*.safetensors"):
+        with open(path, "rb") as file:
+            while file.read(2**24):
+                pass
+
+
+def run(args, device, dtype):
+    """All rounds -> (machine and settings, {side: {figure: median}}); every line goes to the results as it comes."""
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else processor()
+    versions = {name: version(name) for name in ("torch", "transformers")}
+    head = {"size": args.size, "device": device.type, "dtype": str(dtype).removeprefix("torch."), "machine": machine,
+            "threads": torch.get_num_threads(), "python": platform.python_version(), **versions, "commit": commit(),
+            "rounds": args.rounds}
+    path = HERE / f"experiments/results/speed-{args.size}-{device.type}-{head['dtype']}.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    with open(path, "w", encoding="utf-8") as file:
+        def write(line):
+            print(json.dumps(line), file=file, flush=True)
+
+        write(head)
+        samples = {side: [] for side in SIDES}
+        for n in range(args.rounds):
+            for side in SIDES:
+                samples[side].append(in_process(side, args))
+                write({"round": n, "side": side, **samples[side][-1]})
+                print(f"round {n + 1} of {args.rounds}: {side} done", file=sys.stderr)
+        m = {side: {key: median(x[key] for x in some) for key in some[0]} for side, some in samples.items()}
+        m |= {"share": {}, "itemsize": dtype.itemsize}
+        for figure, (what, unit, _) in FIGURES.items():
+            if figure not in m["none"]:
+                continue
+            least = least_time(figure, m["limits"], device)
+            values = {side: m[side][figure] for side in SIDES[1:]}
+            if least:
+                steps = values["none"] / len(lengths_of(args)[figure]) if unit == "tokens/s" else 1 / values["none"]
+                m["share"][figure] = 100 * least * steps  # of these a second
+            write({"figure": figure, "what": what, "unit": unit, **values, "percent_of_limit": m["share"].get(figure)})
+    return head, m
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=("nano", "0.5b", "7b"), default="0.5b", help="of the random model")
+    parser.add_argument("--device", default="auto", help="cpu, cuda or auto (default)")
+    parser.add_argument("--dtype", choices=("auto", *cli.DTYPES), default="auto", help="default: what the device likes")
+    parser.add_argument("--rounds", type=int, default=3, help="each round measures every side once (default 3)")
+    parser.add_argument("--folder", type=Path, help="where the checkpoint is or shall be (default: made, then removed)")
+    parser.add_argument("--readme", help="write the table between <!-- speed DEVICE --> and <!-- end --> in this file")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    device, _ = cli.pick_device(args.device)
+    dtype, _ = cli.pick_dtype(args.dtype, device)
+    args.steps = 100 if device.type == "cuda" else 16
+    if args.side:
+        measures = {"limits": measure_limits, "transformers": measure_transformers}
+        f = measures.get(args.side) or functools.partial(measure_ours, fusion=args.side)
+        return print(json.dumps(f(args, device, dtype)))
+    if not importlib.util.find_spec("transformers"):
+        raise InputError("transformers is not installed: pip install transformers")
+    with tempfile.TemporaryDirectory() as temporary:
+        args.folder = args.folder or Path(temporary) / args.size
+        prepare(args)
+        head, m = run(args, device, dtype)
+    lines = table(m, head, device)
+    print("\n".join(lines))
+    if args.readme:
+        mark = f"<!-- speed {device.type} -->"
+        page, found = re.subn(rf"(?s)({mark}\n).*?(<!-- end -->)", lambda m: m[1] + "\n".join(lines) + "\n" + m[2],
+                              Path(args.readme).read_text(encoding="utf-8"))
+        if not found:
+            raise InputError(f"{args.readme} has no lines {mark} and <!-- end --> to put the table between")
+        cli.write_whole(Path(args.readme), lambda path: path.write_text(page, encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    cli.run_program(main)
