@@ -168,8 +168,8 @@ def group(concepts: list, labels) -> dict:
 
 
 def plainest(concepts: list, per_kind: int) -> list:
-    """The concepts of every kind with the fewest words in their names, at most per_kind of each (0: all) and three times
-    as many flags; all clocks and skin tones. How many names there are to learn decides how long a small model takes."""
+    """At most per_kind concepts of every kind (0: all), those with the fewest words in their names, three times as many
+    flags, all clocks and skin tones: how many names there are decides how long a small model has to learn them."""
     kept = group(concepts, lambda c: ["flag of a country" if "country" in c else c["kind"] or "without a kind"])
     for label, members in kept.items():
         members.sort(key=lambda c: (len(c["name"].split()), c["id"]))
