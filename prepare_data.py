@@ -401,7 +401,8 @@ def hold_out(seed: int, items: list, n: int) -> dict:
 
 def emoji_command(args) -> None:
     pools = emoji_pools(args.seed, args.per_kind)
-    splits = {"pretrain": args.pretrain, "train": args.train, **dict.fromkeys([*VALIDATION, "dev"], args.val)}
+    splits = {"encode": args.encode, "pretrain": args.pretrain, "train": args.train}
+    splits |= dict.fromkeys([*VALIDATION, "dev"], args.val)
     splits = {split: n for split, n in splits.items() if n}
 
     def rows_of(split, shard, first, last):
@@ -421,7 +422,7 @@ def emoji_command(args) -> None:
     tokenizer_json = read_tokenizer(args.tokenizer) if args.tokenizer else train_tokenizer(texts(), args.vocabulary)
     files = sorted(path for path in EMOJI.iterdir() if path.suffix in (".json", ".webp"))
     source = {"name": "emoji", "sha256": {path.name: sha256(path.read_bytes()) for path in files}}
-    kinds = ["pretrain", *(kind + "-zh" * zh for kind in QUESTIONS for zh in (0, 1) if QUESTIONS[kind][1 + zh])]
+    kinds = ["naming", *(kind + "-zh" * zh for kind in QUESTIONS for zh in (0, 1) if QUESTIONS[kind][1 + zh])]
     build(args, source, tokenizer_json, splits, kinds, rows_of, lambda row: row)
 
 
@@ -473,8 +474,9 @@ def main() -> None:
     add = command("emoji", emoji_command, "questions about the bundled drawings", "one is trained", 2500, 10_000)
     add("--per-kind", type=int, default=16, help="concepts of each kind, the plainest names first; 0: all, for longer "
         "training (default: %(default)s)")  # fmt: skip
-    add("--pretrain", type=int, default=200_000, help="rows that name one thing (default: %(default)s)")
-    add("--train", type=int, default=150_000, help="rows of all kinds (default: %(default)s)")
+    add("--encode", type=int, default=200_000, help="rows that name one thing (default: %(default)s)")
+    add("--pretrain", type=int, default=80_000, help="rows that name one thing or four (default: %(default)s)")
+    add("--train", type=int, default=100_000, help="rows of all kinds (default: %(default)s)")
     add("--vocabulary", type=int, default=2048, help="of the tokenizer that is trained (default: %(default)s)")
     bundled = "the bundled nano model's"
     add = command("llava", llava_command, "LLaVA conversations, JSON or JSONL", bundled, 0, 1000)

@@ -1801,7 +1801,7 @@ def test_sample_refuses(asked, monkeypatch, capsys):
 # prepare_data.py, assets/emoji/scenes.py and train.py
 
 ROOT = Path(train.__file__).resolve().parent
-SPLITS = ("pretrain", "train", *scenes.VALIDATION, "dev")
+SPLITS = ("encode", "pretrain", "train", *scenes.VALIDATION, "dev")
 
 
 def write_shards(monkeypatch, *arguments):

@@ -302,11 +302,23 @@ def ask_twice(rng: random.Random, seed: int, pool: dict):
     return [cell], [(phrase(rng, k, zh, {}), a) for (k, zh), a in zip(turns, answer)]
 
 
+def ask_names(rng: random.Random, seed: int, pool: dict):
+    """For pre-training too: a scene, and what is in four of its cells. -> (cells, turns)"""
+    grid = 2 if rng.random() < 2 / 3 else 3
+    concepts, turns = rng.sample(pool["things"], grid**2), []
+    for at in rng.sample(range(grid**2), 4):
+        zh = rng.random() < 0.2
+        where = POSITIONS[grid][at].split("/")[zh]
+        turns.append((phrase(rng, "name_at", zh, {"where": where}), concepts[at]["zh" if zh else "name"]))
+    return [make_cell(rng, seed, concept) for concept in concepts], turns
+
+
 def emoji_row(rng: random.Random, seed: int, pools: dict, split: str, number: int) -> dict:
     """Row `number` of a split: {"turns", "pictures", "kind"}. The kind of a question in Chinese ends in -zh."""
-    zh, kind = False, "pretrain"
-    if split == "pretrain":
-        cells, asked = ask_twice(rng, seed, pools["train"])
+    zh, kind = False, "naming"
+    if split in ("encode", "pretrain"):  # single things only, or half of them scenes
+        ask = ask_names if split == "pretrain" and rng.random() < 0.5 else ask_twice
+        cells, asked = ask(rng, seed, pools["train"])
     else:
         if split == "train":
             part, kind = "train", rng.choices(list(QUESTIONS), [weight for weight, _, _ in QUESTIONS.values()])[0]
