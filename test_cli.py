@@ -4,6 +4,7 @@ Every reference model has all of its parameters randomised first: transformers s
 that on a fresh model a dropped bias or two swapped norms would not be seen (test_parity_can_fail: here they are).
 """
 
+import contextlib
 import dataclasses
 import functools
 import io
@@ -1825,12 +1826,12 @@ def emoji(tmp_path_factory):
     """A small emoji data set, several shards a split."""
     folder = tmp_path_factory.mktemp("emoji")
     with pytest.MonkeyPatch.context() as patch:
-        write_shards(patch, "emoji", "--out", folder, "--pretrain", 300, "--train", 2000, "--val", 450,
+        write_shards(patch, "emoji", "--out", folder, "--encode", 300, "--pretrain", 300, "--train", 2000, "--val", 450,
                      "--shard-rows", 700, "--vocabulary", 1024)
     return folder
 
 
-FEW = ("emoji", "--pretrain", 30, "--train", 60, "--val", 12, "--shard-rows", 40)
+FEW = ("emoji", "--encode", 30, "--pretrain", 30, "--train", 60, "--val", 12, "--shard-rows", 40)
 
 
 @pytest.fixture(scope="module")
@@ -1859,7 +1860,7 @@ def emoji_rows(split, n, shard_rows):
     for number in range(n):
         if number % shard_rows == 0:
             rng = random.Random(f"0/{split}/{number // shard_rows}")
-        yield scenes.emoji_row(rng, 0, emoji_pools(0), split, number)
+        yield scenes.emoji_row(rng, 0, emoji_pools(0, 16), split, number)
 
 
 def rows_of(folder, split):
@@ -1900,14 +1901,14 @@ def test_emoji_splits_are_disjoint(emoji):
             cells = json.loads(recipe)["cells"]
             shown[split] |= {(concepts[c[0]].get("base", c[0]), c[1], c[5]) for c in cells}
             targets.setdefault((split, kind), []).append(cells)
-    training = shown["train"] | shown["pretrain"]
+    training = shown["train"] | shown["pretrain"] | shown["encode"]
     known, pairs = {c for c, _, _ in training}, {(c, a) for c, a, _ in training}
     on_colour = {(c, colour) for c, _, colour in training}
     assert not known & {c for c, _, _ in shown["val_concept"]}
     assert not pairs & {(c, a) for c, a, _ in shown["val_concept"]}
     assert not on_colour & {(c, colour) for c, _, colour in shown["val_scene"]}  # no cell of it can be in training
     part = {split: {scenes.part_of(0, concepts[c], a) for c, a, _ in shown[split]} for split in SPLITS}
-    assert part["train"] == part["pretrain"] == part["val_seen"] == part["val_scene"] == {"train"}
+    assert part["train"] == part["pretrain"] == part["encode"] == part["val_seen"] == part["val_scene"] == {"train"}
     assert part["val_concept"] == {"concept"} and part["val_pair"] == {"train", "pair"}
     assert part["dev"] == {"train", "dev_concept", "dev_pair"}
     for kind in ("name", "country"):  # single pictures of val_pair: all of them are held-out drawings of known concepts
@@ -1926,7 +1927,7 @@ def test_emoji_supervises_exactly_the_answers(emoji):
     """Every run of supervised tokens decodes to an answer and its end mark; prompts are those of inference."""
     tokenizer = cli.Tokenizer((emoji / "tokenizer.json").read_text())
     end, seen = tokenizer.id("<|im_end|>"), 0
-    for split in ("pretrain", "train", "val_pair"):
+    for split in ("encode", "pretrain", "train", "val_pair"):
         found = rows_of(emoji, split)[:800]
         for (tokens, mask, pictures, kind), row in zip(found, emoji_rows(split, len(found), 700)):
             spans, previous = [], 0
@@ -1943,7 +1944,24 @@ def test_emoji_supervises_exactly_the_answers(emoji):
             prompt, _ = cli.encode_chat(tokenizer, "qwen_1_5", row["turns"][:1])
             assert tokens[: len(prompt)] == prompt
             seen += 1
-    assert seen == 300 + 800 + 450
+    assert seen == 300 + 300 + 800 + 450
+
+
+def test_scenes_of_pretraining_name_what_is_where(emoji):
+    """Half of its rows are scenes with four questions, whose answers are what was drawn at the places asked about."""
+    concepts, rows = scenes.load_emoji()[1], emoji_rows("pretrain", 300, 700)
+    found = [row for row in rows if len(json.loads(row["pictures"][0])["cells"]) > 1]
+    assert 120 < len(found) < 180
+    for row in found:
+        cells = json.loads(row["pictures"][0])["cells"]
+        asked = set()
+        for (_, question), (_, answer) in zip(row["turns"][::2], row["turns"][1::2]):
+            question = question if isinstance(question, str) else question[-1]
+            places = scenes.POSITIONS[round(len(cells) ** 0.5)]
+            ((at, zh),) = [(i, z) for i, p in enumerate(places) for z in (0, 1) if p.split("/")[z] in question]
+            assert answer == concepts[cells[at][0]]["zh" if zh else "name"]
+            asked.add(at)
+        assert len(asked) == 4
 
 
 def test_emoji_answers_are_right(emoji):
@@ -2006,7 +2024,7 @@ def test_emoji_pictures_are_drawn(emoji):
 
 def test_emoji_yes_and_no_are_balanced():
     """"yes" and "no" are equally frequent, and the question alone tells little about which it is."""
-    pools, rng = emoji_pools(0), random.Random(0)
+    pools, rng = emoji_pools(0, 16), random.Random(0)
     for part in ("train", "concept"):
         answers = [scenes.ask_single(rng, 0, pools[part], "tag", False) for _ in range(3000)]
         assert abs(sum(answer == "yes" for _, _, answer in answers) / 3000 - 0.5) < 0.03
@@ -2024,7 +2042,7 @@ def test_interrupted_run_leaves_nothing_and_resumes(emoji, few, tmp_path, monkey
 
     def stop(*args, **kwargs):
         calls.append(1)
-        if len(calls) == 30 + 40 + 10:  # in the second shard of train
+        if len(calls) == 30 + 30 + 40 + 10:  # in the second shard of train
             raise KeyboardInterrupt
         return encode_row(*args, **kwargs)
 
@@ -2034,7 +2052,7 @@ def test_interrupted_run_leaves_nothing_and_resumes(emoji, few, tmp_path, monkey
         if "train-00001" in path.name:
             raise KeyboardInterrupt
 
-    shards = {"pretrain-00000.safetensors", "train-00000.safetensors"}
+    shards = {f"{split}-00000.safetensors" for split in ("encode", "pretrain", "train")}
     for place, name, instead in ((prepare_data, "encode_row", stop), (Path, "write_bytes", write_half)):
         with monkeypatch.context() as patch:
             patch.setattr(place, name, instead)
@@ -2052,7 +2070,8 @@ def test_interrupted_run_leaves_nothing_and_resumes(emoji, few, tmp_path, monkey
     with pytest.raises(cli.InputError, match="other arguments"):
         write_shards(monkeypatch, *arguments, "--seed", 1)
     assert contents(tmp_path).keys() == contents(few).keys()
-    write_shards(monkeypatch, *arguments, "--pretrain", 0, "--train", 20, "--val", 0, "--seed", 1, "--overwrite")
+    none = ("--encode", 0, "--pretrain", 0, "--val", 0)
+    write_shards(monkeypatch, *arguments, *none, "--train", 20, "--seed", 1, "--overwrite")
     assert set(contents(tmp_path)) == {"arguments.json", "manifest.json", "tokenizer.json", "train-00000.safetensors"}
 
 
@@ -2169,7 +2188,8 @@ def test_prepare_mistakes_are_one_line(emoji, tmp_path, small_tokenizer, monkeyp
         (["llava", "empty.json", "--tokenizer", "chat.json"], "chat.json: not a tokenizer.json"),
         (["llava", "empty.json", "--tokenizer", small_tokenizer], "no rows in empty"),
         (["emoji", "--train", "-1"], "cannot be negative"),
-        (["emoji", "--train", "0", "--pretrain", "0", "--val", "0", "--tokenizer", emoji], "no rows in emoji"),
+        (["emoji", *(word for split in ("encode", "pretrain", "train", "val") for word in (f"--{split}", "0")),
+          "--tokenizer", emoji], "no rows in emoji"),
         (["emoji", "--out", "file", "--tokenizer", emoji], "file: File exists"),
         (["onevision", "--from", "nowhere", "--tokenizer", emoji], "--from nowhere: no such folder"),
     ):
@@ -2429,7 +2449,7 @@ def test_overfits_one_batch(emoji, tmp_path, monkeypatch):
 def test_contrast_teaches_the_encoder(emoji, mixed, tmp_path, monkeypatch):
     """Objective contrast tells a few pictures apart by their answers; no decoder layer has a part in it."""
     monkeypatch.setattr(train, "rows_of_step", lambda *_: list(range(8)))
-    cfg = settings(emoji, tmp_path / "run", split="pretrain", objective="contrast", fusion="none", fusion_fields={},
+    cfg = settings(emoji, tmp_path / "run", split="encode", objective="contrast", fusion="none", fusion_fields={},
                    steps=40, batch_tokens=10_000, lr_vision=5e-3, lr_projector=5e-3)  # fmt: skip
     fresh = train.build_model(cfg, train.read_manifest(emoji, "train")).state_dict()
     train.train(cfg)
@@ -2477,9 +2497,40 @@ def test_frozen_parts_do_not_change(emoji, tmp_path, monkeypatch):
 # ---- runs
 
 
+@pytest.mark.parametrize("muon", [0.0, 5.0])
+def test_muon_moves_the_blocks_matrices_orthogonally(emoji, muon):
+    """With Muon all singular values of a step are about equal; everything but the blocks' matrices is AdamW's."""
+    model = tiny_model(emoji)
+    cfg = settings(emoji, "unused", muon=muon)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    rows = train.Rows(emoji, "train", model.config)
+    optimizers = train.make_optimizers(model, cfg)
+    train.backward(model, [rows.batch(range(8))], 100, contextlib.nullcontext())
+    for optimizer in optimizers:
+        optimizer.step()
+    moved = {name: p.detach() - before[name] for name, p in model.named_parameters()}
+    spread = torch.linalg.svdvals(moved["vision.layers.0.self_attn.v_proj.weight"])
+    assert bool(spread[len(spread) // 2] > 0.4 * spread[0]) is bool(muon), spread
+    some = moved["projector.0.weight"].abs()
+    assert (some[some > 0] > 0.9e-3).float().mean() > 0.9  # AdamW's first step is the learning rate, up or down
+
+
+@pytest.mark.parametrize("start, moves", [(1.0, False), (0.0, True)])
+def test_gates_wait(emoji, tmp_path, start, moves):
+    """Up to gate_start the gates stay as they are and everything else learns."""
+    cfg = settings(emoji, tmp_path / "run", steps=3, gate_start=start)
+    torch.manual_seed(cfg.seed)
+    fresh = train.build_model(cfg, train.read_manifest(emoji, "train")).state_dict()
+    train.train(cfg)
+    after = load_file(tmp_path / "run/model.safetensors")
+    for name in after:
+        if name.endswith("B.weight") or name.endswith("gate.bias"):
+            assert torch.equal(after[name], fresh[name]) is (name.startswith("agf") and not moves), name
+
+
 def test_interrupted_run_resumes_bitwise(few, tmp_path, monkeypatch):
     """Interrupted and run again: the same log, the same weights, to the last bit, as the run in one go."""
-    train.train(settings(few, tmp_path / "whole", steps=9, eval_every=4))
+    train.train(settings(few, tmp_path / "whole", steps=9, eval_every=4, muon=5.0, gate_start=0.5))
     backward, calls = train.backward, []
 
     def stop(*args):
@@ -2490,7 +2541,7 @@ def test_interrupted_run_resumes_bitwise(few, tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "backward", stop)
     monkeypatch.setattr(train, "commit", lambda: "the same")
-    cfg = settings(few, tmp_path / "parts", steps=9, eval_every=4, save_minutes=0.0)
+    cfg = settings(few, tmp_path / "parts", steps=9, eval_every=4, muon=5.0, gate_start=0.5, save_minutes=0.0)
     with pytest.raises(KeyboardInterrupt):
         train.train(cfg)
     assert torch.load(tmp_path / "parts/state.pt", weights_only=True)["step"] == 3
@@ -2573,7 +2624,7 @@ def test_train_mistakes_are_one_line(few, mixed, tmp_path, monkeypatch, capsys):
         (["--config", tmp_path / "many.json"], "setting steps: got 'many', expected int"),
         (["--config", tmp_path / "numbers.json"], "expected a JSON object of settings, or a list of such objects"),
         ([*tiny, "--data", tmp_path], "no manifest.json: make the data with prepare_data.py first"),
-        ([*tiny, "--split", "tune"], "has no split 'tune', only pretrain, train, val_seen"),
+        ([*tiny, "--split", "tune"], "has no split 'tune', only encode, pretrain, train, val_seen"),
         ([*tiny, "--data", tmp_path / "damaged"], "train-00000.safetensors: missing or damaged"),
         ([*tiny, "--fusion", "all"], "unknown fusion preset 'all'"),
         ([*tiny, "--fusion", "cli", "--fusion_fields", '{"rank": 3}'], "setting fusion_fields: "),
@@ -2593,12 +2644,11 @@ def test_train_mistakes_are_one_line(few, mixed, tmp_path, monkeypatch, capsys):
 
 def test_data_made_anew_is_noticed(few, emoji, tmp_path, monkeypatch):
     """A run does not go on with other rows than it began with, nor start from a model with another tokenizer."""
-    write_shards(monkeypatch, "emoji", "--out", tmp_path / "data", "--tokenizer", few, "--train", 20, "--pretrain", 0,
-            "--val", 0)  # fmt: skip
+    arguments = ["emoji", "--out", tmp_path / "data", "--tokenizer", few, "--encode", 0, "--pretrain", 0, "--val", 0]
+    write_shards(monkeypatch, *arguments, "--train", 20)
     cfg = settings(tmp_path / "data", tmp_path / "run", steps=1)
     train.train(cfg)
-    write_shards(monkeypatch, "emoji", "--out", tmp_path / "data", "--tokenizer", few, "--train", 21, "--pretrain", 0,
-            "--val", 0, "--overwrite")  # fmt: skip
+    write_shards(monkeypatch, *arguments, "--train", 21, "--overwrite")
     with pytest.raises(cli.InputError, match="other settings, data_sha256"):
         train.train(cfg)
     manifest = json.loads((tmp_path / "data/manifest.json").read_text())
