@@ -23,8 +23,8 @@ import cli
 from cli import CLI, PRESETS, InputError, KVCache, encode_chat, load_image, prepare_image, user_content
 
 HERE = Path(__file__).resolve().parent
-DEMO = [("single.png", "Whose flag is this?"), ("single.png", "What colour is the background?"),
-        ("scene.png", "Which colour is behind the top right?")]
+DEMO = [("single.png", "What is this?"), ("single.png", "What colour is the background?"),
+        ("scene.png", "What is in the top right?")]
 
 
 def say(text, end="\n"):
