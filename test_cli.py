@@ -2714,17 +2714,25 @@ def test_evaluate(few, tmp_path, monkeypatch, capsys):
 
 
 def test_evaluate_generates(few, tmp_path):
-    """The answers it writes are what generate() says to each prompt and picture alone."""
+    """The answers it writes are what generate() says to each prompt and picture alone, and so are the gates' means."""
     train.train(settings(few, tmp_path, steps=1))
     train.evaluate(tmp_path, None, few, device="cpu")
+    opened = {}
     model = cli.CLI.from_pretrained(tmp_path, quiet=True)
-    rows = train.Rows(few, "val_pair", model.config)
     lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     lines = [line for line in lines if line["split"] == "val_pair"]
-    for i in (0, 5, 11):
-        tokens, labels, pictures = rows[i]
-        prompt = tokens[: int((labels != IGNORE).nonzero()[0])].tolist()
-        pictures = [scenes.open_picture(p) for p in pictures]
-        ids = [step[0] for step in model.generate([prompt], [pictures], max_new_tokens=32, repetition_penalty=1.0)]
-        assert lines[i]["given"] == model.tokenizer.decode(ids).strip()
-    assert [line["kind"] for line in lines] == rows.kinds
+    for split in ("val_seen", "val_concept", "val_pair", "val_scene"):
+        rows = train.Rows(few, split, model.config)
+        for i, (tokens, labels, pictures) in enumerate(rows[j] for j in range(len(rows))):
+            prompt = tokens[: int((labels != IGNORE).nonzero()[0])].tolist()
+            pictures = [scenes.open_picture(p) for p in pictures]
+            ids = [step[0] for step in model.generate([prompt], [pictures], max_new_tokens=32, repetition_penalty=1.0)]
+            if split == "val_pair":
+                assert lines[i]["given"] == model.tokenizer.decode(ids).strip()
+                assert lines[i]["kind"] == rows.kinds[i]
+            kind = rows.kinds[i].removesuffix("-zh")
+            opened.setdefault(kind, []).append(torch.stack([model.gates[l][0] for l in sorted(model.gates)]))
+    means = cli.read_json(tmp_path / "eval.json")["gates"]
+    assert means.keys() == opened.keys() and len(lines) == 12
+    for kind, found in opened.items():
+        assert closeness(torch.tensor(list(means[kind].values())), torch.stack(found).mean(0)) < 1e-4

@@ -534,7 +534,8 @@ def readable(line, steps, left):
 
 
 def answers(model, rows, name, limit=0):
-    """Greedy answers to the first question of `limit` rows (0: all) -> [(kind, right answer, given answer)]."""
+    """Greedy answers to the first question of `limit` rows (0: all) -> [(kind, right answer, given answer, W)], W:
+    {decoder layer: a weight per level}."""
     out = [None] * min(limit or len(rows), len(rows))
     for chosen in tqdm(micro_batches(rows, range(len(out)), 16384), desc=name, unit="batch"):
         prompts, pictures, expected = [], [], []
@@ -547,7 +548,8 @@ def answers(model, rows, name, limit=0):
             expected.append(model.tokenizer.decode(tokens[first:end].tolist()).strip())
         steps = list(model.generate(prompts, pictures, max_new_tokens=32, repetition_penalty=1.0))
         for b, i in enumerate(chosen):
-            out[i] = (rows.kinds[i], expected[b], model.tokenizer.decode([step[b] for step in steps]).strip())
+            given = model.tokenizer.decode([step[b] for step in steps]).strip()
+            out[i] = (rows.kinds[i], expected[b], given, {l: w[b].tolist() for l, w in model.gates.items()})
     return out
 
 
@@ -571,9 +573,20 @@ def accuracy_table(scores, columns):
     return lines
 
 
+def gates_table(opened, levels):
+    """{kind: W of its questions} -> {kind: mean W}, and that as lines of Markdown: what every kind lets in."""
+    means = {kind: {l: torch.tensor([W[l] for W in found]).mean(0).tolist() for l in sorted(found[0])}
+             for kind, found in opened.items()}
+    layers = next(iter(means.values()))
+    lines = ["| question | " + " | ".join(f"layer {l} <- {', '.join(map(str, levels[l]))}" for l in layers) + " |",
+             "|---|" + "---|" * len(layers)]
+    return means, lines + [f"| {kind} | " + " | ".join(" ".join(f"{w:.2f}" for w in W) for W in mean.values()) + " |"
+                           for kind, mean in means.items()]
+
+
 def evaluate(source, blind_source, data, readme=None, device="auto", limit=0):
-    """Accuracy (exact match) by split and kind of the model, its blind twin and the majority answer: printed as a
-    table, and written to eval.json in the model's folder, every answer to answers.jsonl."""
+    """Accuracy (exact match) by split and kind of the model, its blind twin and the majority answer, and the mean W by
+    kind: printed as tables, and written to eval.json in the model's folder, every answer to answers.jsonl."""
     device, _ = cli.pick_device(device)
     manifest = read_manifest(data, "train")
     models = {}
@@ -584,28 +597,38 @@ def evaluate(source, blind_source, data, readme=None, device="auto", limit=0):
     model = models["model"]
     most = {kind: model.tokenizer.decode(ids).strip()
             for kind, ids in majority(Rows(data, "train", model.config, blind=True)).items()}
-    scores, lines = {}, []
+    scores, opened, lines = {}, {}, []
     for split in (s for s in manifest["splits"] if s.startswith("val")):
         scores[split] = {}
         for who, m in models.items():
-            for kind, right, given in answers(m, Rows(data, split, m.config, who == "blind"), f"{split} {who}", limit):
-                row = scores[split].setdefault(kind.removesuffix("-zh"), Counter())
+            rows = Rows(data, split, m.config, who == "blind")
+            for kind, right, given, W in answers(m, rows, f"{split} {who}", limit):
+                plain = kind.removesuffix("-zh")
+                row = scores[split].setdefault(plain, Counter())
                 row[who] += given == right
                 if who == "model":
                     row.update(n=1, majority=int(most.get(kind) == right))
                     lines.append({"split": split, "kind": kind, "right": right, "given": given})
+                    if W:
+                        opened.setdefault(plain, []).append(W)
     table = accuracy_table(scores, [*models, "majority"])
     print(f"\naccuracy %, {' / '.join(models)} / majority answer\n" + "\n".join(table))
-    facts = {"model": str(source), "data_seed": manifest["seed"], "commit": commit(), "scores": scores}
+    tables, means = {"accuracy": table}, {}
+    if opened:
+        means, tables["gates"] = gates_table(opened, dict(model.config.fusion.routes))
+        print("\nmean W, decoder layer <- vision levels\n" + "\n".join(tables["gates"]))
+    facts = {"model": str(source), "data_seed": manifest["seed"], "commit": commit(), "scores": scores, "gates": means}
     write = functools.partial(Path.write_text, encoding="utf-8")
     cli.write_whole(Path(source) / "eval.json", lambda path: write(path, json.dumps(facts, indent=1) + "\n"))
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     cli.write_whole(Path(source) / "answers.jsonl", lambda path: write(path, text))
     if readme:
-        marks, new = r"(?s)(<!-- nano accuracy -->\n).*?(<!-- end -->)", "\n".join(table) + "\n"
-        page, found = re.subn(marks, lambda m: m[1] + new + m[2], Path(readme).read_text(encoding="utf-8"))
-        if not found:
-            raise InputError(f"{readme} has no lines <!-- nano accuracy --> and <!-- end --> to put the table between")
+        page = Path(readme).read_text(encoding="utf-8")
+        for name, table in tables.items():
+            mark, new = f"<!-- nano {name} -->", "\n".join(table) + "\n"
+            page, found = re.subn(rf"(?s)({mark}\n).*?(<!-- end -->)", lambda m, new=new: m[1] + new + m[2], page)
+            if not found:
+                raise InputError(f"{readme} has no lines {mark} and <!-- end --> to put the table between")
         cli.write_whole(Path(readme), lambda path: write(path, page))
 
 
