@@ -4,6 +4,7 @@ Every reference model has all of its parameters randomised first: transformers s
 that on a fresh model a dropped bias or two swapped norms would not be seen (test_parity_can_fail: here they are).
 """
 
+import argparse
 import contextlib
 import dataclasses
 import functools
@@ -34,6 +35,8 @@ import sample
 import train
 from assets.emoji import scenes
 from cli import CLI, IGNORE, IMAGE_TOKEN, PRESETS, Config, DecoderConfig, FusionConfig, InputError, VisionConfig
+from experiments import fusion as study
+from experiments import fusion_report
 
 torch.set_num_threads(1)  # the models are tiny: a second thread only waits
 torch.manual_seed(0)
@@ -2736,3 +2739,120 @@ def test_evaluate_generates(few, tmp_path):
     assert means.keys() == opened.keys() and len(lines) == 12
     for kind, found in opened.items():
         assert closeness(torch.tensor(list(means[kind].values())), torch.stack(found).mean(0)) < 1e-4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# experiments/fusion.py
+
+
+class AsRows:
+    """train.Rows of conversations made up here, all about one picture."""
+
+    def __init__(self, items, picture, config):
+        self.items, self.shown = items, picture
+        self.lengths = [len(t) - 1 + cli.visual_tokens(picture, config) for t, _ in items]
+
+    def batch(self, rows):
+        return {"tokens": torch.cat([self.items[i][0] for i in rows]), "pictures": [self.shown] * len(rows),
+                "seqlens": [len(self.items[i][0]) for i in rows],
+                "labels": torch.cat([self.items[i][1] for i in rows])}  # fmt: skip
+
+
+@pytest.mark.parametrize("context", ["prompt", "all"])
+def test_fusion_score_is_greedy_decoding(emoji, context):
+    """An answer counts as right if it is what generate() says, to the end mark, and not if any one token differs; the
+    gates noted are those of generate(), even for a model whose gate sees the answers in training."""
+    model = tiny_model(emoji, fusion_fields={**FUSION, "agf_context": context}).eval()
+    rows = train.Rows(emoji, "val_seen", model.config)
+    items, expected, gates = [], [], []
+    for i in (0, 4, 9):
+        tokens, labels, data = rows[i]
+        prompt = tokens[: int((labels != IGNORE).nonzero()[0])]
+        picture = cli.prepare_image(scenes.open_picture(rows[0][2][0]), model.config)
+        answer = [step[0] for step in model.generate([prompt.tolist()], [[picture]], max_new_tokens=4)]
+        assert len(answer) == 4
+        for wrong in (None, 0, 3):
+            said = torch.tensor(answer)
+            if wrong is not None:
+                said[wrong] = (said[wrong] + 1) % 200
+            items.append((torch.cat([prompt, said]), torch.cat([torch.full_like(prompt, IGNORE), said])))
+            expected.append(wrong is None)
+            gates.append({l: W[0] for l, W in model.gates.items()})
+    found = study.score(model, AsRows(items, picture, model.config), range(len(items)))
+    assert found["right"].tolist() == expected and model.config.fusion.agf_context == context
+    for l, W in found["gates"].items():
+        torch.testing.assert_close(W, torch.stack([g[l] for g in gates]), atol=1e-5, rtol=1e-4)
+    assert len(found["size"]) == model.config.decoder.num_hidden_layers and found["loss"] > 0
+    assert not any(layer._forward_pre_hooks for layer in model.decoder.layers)
+
+
+def test_fusion_gates_can_be_set(emoji):
+    """hook_gates changes the weight of the level that is meant, and nothing once it is removed."""
+    model = tiny_model(emoji).eval()
+    rows = train.Rows(emoji, "val_seen", model.config)
+    batch = rows.batch([0])
+    before = model(**batch)[2]
+    l, levels = model.config.fusion.routes[-1]
+    handles = study.hook_gates(model, lambda at, j, W: W * 0 if (at, j) == (l, len(levels) - 1) else W)
+    for _ in range(2):  # the count of a layer's levels starts again with every pass
+        changed = model(**batch)[2]
+        assert changed[l][0, -1] == 0 and torch.equal(changed[l][0, :-1], before[l][0, :-1])
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(model(**batch)[2][l], before[l])
+
+
+def test_fusion_interval():
+    """It covers a known mean about as often as it says, is wider where questions about a concept go together, and of
+    identical answers is a point."""
+    rng, covered = np.random.default_rng(0), 0
+    clusters = np.repeat(np.arange(40), 5)
+    for trial in range(200):
+        seeds, concepts = rng.normal(0, 0.05, (8, 1)), rng.normal(0, 0.3, 40)[clusters]
+        mean, low, high = fusion_report.interval(0.5 + seeds + concepts + rng.normal(0, 0.5, (8, 200)), clusters, 400)
+        covered += low <= 0.5 <= high
+        assert low < mean < high
+    assert 180 <= covered <= 198
+    values = (np.arange(200) % 40 < 20).astype(float)[None].repeat(3, 0)
+    together = fusion_report.interval(values, np.arange(200) % 40)
+    apart = fusion_report.interval(values, np.arange(200))
+    assert together[2] - together[1] > 1.8 * (apart[2] - apart[1])
+    assert fusion_report.interval(np.ones((3, 10)), list("aabbccddee")) == (1, 1, 1)
+    right = rng.random(13) < 0.5
+    assert (study.unpack(study.pack(right), 13) == right).all()
+
+
+def test_fusion_concepts():
+    """The concept of a question is that of the cell that it asks about."""
+    pools = emoji_pools(0)
+    rng, seen = random.Random(0), set()
+    concepts = scenes.load_emoji()[1]
+    for n in range(300):
+        row = scenes.emoji_row(rng, 0, pools, "val_seen", n)
+        recipe, kind = json.loads(row["pictures"][0]), row["kind"].removesuffix("-zh")
+        found, answer = study.concept_of(row["kind"], row["turns"][0][1][-1], recipe), row["turns"][1][1]
+        if kind == "count":
+            assert found in scenes.COUNTED
+        else:
+            cells = [c for c in recipe["cells"] if concepts[c[0]].get("base", c[0]) == found]
+            names = {concepts[c[0]][field] for c in cells for field in ("name", "zh")}
+            assert cells and (kind not in ("name", "name_at", "by_artist", "on_colour") or answer in names)
+            assert kind != "artist_at" or answer in [c[1] for c in cells]
+            assert kind != "same" or len(cells) == 2
+        seen.add(kind)
+    assert seen == scenes.QUESTIONS.keys()
+
+
+def test_fusion_report_without_runs(tmp_path):
+    """From no files the pages say so, and keep what stands outside the marks."""
+    pages = [tmp_path / name for name in ("page.md", "readme.md")]
+    for page in pages:
+        page.write_text("before\n<!-- fusion -->\nold\n<!-- end -->\nafter\n")
+    fusion_report.report(argparse.Namespace(results=tmp_path / "none", page=pages[0], readme=pages[1]))
+    for page in pages:
+        text = page.read_text()
+        assert text.startswith("before\n<!-- fusion -->\n") and text.endswith("Not run yet.\n<!-- end -->\nafter\n")
+        assert "old" not in text
+    pages[0].write_text("no marks")
+    with pytest.raises(cli.InputError, match="has no lines"):
+        fusion_report.put_between_marks(pages[0], ["x"])

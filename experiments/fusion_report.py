@@ -1,0 +1,289 @@
+"""Tables and figures of experiments/fusion.py, from the files of its finished runs alone.
+
+    python experiments/fusion_report.py          rewrites experiments/fusion.md and README.md between their marks
+
+Needs matplotlib once there are runs.
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(HERE))
+import cli  # noqa: E402
+from cli import InputError  # noqa: E402
+from experiments.fusion import INTERVENED, REACH, SWEEPS, VARIANTS, best_rate, load_results, unpack  # noqa: E402
+
+CLAIMS = (  # a claim of the paper, or a control: the first minus the second should have this sign
+    ("several levels, gated, help", "cli", "none", 1), ("... even at equal time", "cli", "none_long", 1),
+    ("DeepStack hurts", "deepstack", "none", -1), ("SLI is better than DeepStack", "sli", "deepstack", 1),
+    ("CLI is better than SLI", "cli", "sli", 1), ("the gate is critical: CLI beats W = 1", "cli", "amp", 1),
+    ("AGF alone beats AMP alone", "agf", "amp", 1), ("AMP alone adds a little", "amp", "none", 1),
+    ("it is the levels, not the parameters", "cli", "cli_final", 1),
+    ("injection in depth beats injection at the input", "cli", "input", 1),
+)  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Statistics
+
+
+def interval(values, clusters, draws=2000, seed=0):
+    """Mean and 95 % interval of values float[seeds, questions] -> (mean, low, high); bootstrap in which seeds and
+    clusters of questions (int[questions]) are both drawn with replacement."""
+    values, (_, index) = np.asarray(values, dtype=float), np.unique(clusters, return_inverse=True)
+    S, C = len(values), index.max() + 1
+    sums, sizes = np.zeros((S, C)), np.bincount(index, minlength=C)
+    for s in range(S):
+        sums[s] = np.bincount(index, values[s], C)
+    rng = np.random.default_rng(seed)
+    of_seed, of_cluster = (rng.multinomial(n, np.full(n, 1 / n), draws) for n in (S, C))
+    means = ((of_seed @ sums) * of_cluster).sum(1) / (S * of_cluster @ sizes)
+    return values.mean(), *np.percentile(means, (2.5, 97.5))
+
+
+class Answers:
+    """The answers of all runs, beside what was asked."""
+
+    def __init__(self, results, questions):
+        self.questions = questions
+        asked = [(split, c, kind.removesuffix("-zh")) for split, q in questions.items()
+                 for c, kind in zip(q["concept"], q["kind"])]  # fmt: skip
+        self.splits, self.concepts, self.kinds = np.array(asked, dtype=str).reshape(-1, 3).T
+        self.runs, variants = {}, {(r["spec"]["regime"], r["spec"]["variant"]) for r in results}
+        for regime, variant in variants:  # only at the chosen rate
+            rate = best_rate(results, regime, variant)
+            self.runs[regime, variant] = {r["spec"]["seed"]: r for r in results if (
+                r["spec"]["regime"], r["spec"]["variant"], r["spec"]["rate"]) == (regime, variant, rate)}
+
+    def of(self, result, right=None):  # -> float[questions]
+        right = right or result["right"]
+        return np.concatenate([unpack(right[split], len(q["kind"])) for split, q in self.questions.items()])
+
+    def right(self, key, seeds=None):  # -> float[seeds, questions]
+        return np.stack([self.of(self.runs[key][s]) for s in seeds or sorted(self.runs[key])])
+
+    def accuracy(self, key, where=None):
+        where = np.ones(len(self.kinds), bool) if where is None else where
+        return interval(self.right(key)[:, where], self.concepts[where])
+
+    def difference(self, key, other):  # paired: same seeds, same questions; None without a common seed
+        seeds = sorted(self.runs.get(key, {}).keys() & self.runs.get(other, {}).keys())
+        return interval(self.right(key, seeds) - self.right(other, seeds), self.concepts) if seeds else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Report
+
+
+def percent(found, sign=False):
+    if not found:
+        return ""
+    mean, low, high = (100 * x for x in found)
+    return f"{mean:{'+' if sign else ''}.1f} [{low:.1f}, {high:.1f}]"
+
+
+def markdown(head, rows):
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in [head, *rows]]
+    return [lines[0], "|---" * len(head) + "|", *lines[1:]] if rows else []
+
+
+def main_table(answers, regime):
+    rows = []
+    for variant, (label, *_) in VARIANTS.items():
+        key, runs = (regime, variant), list(answers.runs.get((regime, variant), {}).values())
+        if runs:
+            beside = [percent(answers.difference(key, (regime, other)), True) if variant != other else ""
+                      for other in ("none", "sli")]  # fmt: skip
+            rows.append([label, percent(answers.accuracy(key)), *beside, f"{runs[0]['parameters'] / 1e6:.2f}",
+                         f"{1000 * np.median([r['step_seconds'] for r in runs]):.0f}",
+                         f"{np.median([r['gib'] for r in runs]):.2f}", f"{runs[0]['spec']['steps']:,}",
+                         f"{runs[0]['spec']['rate']:g}", len(runs)])  # fmt: skip
+    head = "variant|accuracy %|minus none|minus SLI|M parameters|ms a step|GiB|steps|rate|seeds"
+    return markdown(head.split("|"), rows)
+
+
+def kinds_table(answers, regime, split):
+    names = [v for v in VARIANTS if (regime, v) in answers.runs]
+    rows = []
+    for kind in [*dict.fromkeys(answers.kinds[answers.splits == split]), "all"]:
+        where = (answers.splits == split) & ((answers.kinds == kind) | (kind == "all"))
+        rows.append([kind, where.sum(), *(f"{100 * answers.right((regime, v))[:, where].mean():.1f}" for v in names)])
+    return markdown([split, "questions", *(VARIANTS[v][0] for v in names)], rows if names else [])
+
+
+def claims_table(answers, regime):
+    rows = []
+    for claim, first, second, sign in CLAIMS:
+        if found := answers.difference((regime, first), (regime, second)):
+            clear = found[1] > 0 or found[2] < 0
+            verdict = ("holds" if found[0] * sign > 0 else "the opposite") if clear else "not to be told"
+            rows.append([claim, f"{VARIANTS[first][0]} minus {VARIANTS[second][0]}", percent(found, True), verdict])
+    return markdown(["claim", "difference", "points", "here"], rows)
+
+
+def gates_table(answers, regime):
+    rows = []
+    for variant in VARIANTS:
+        runs = [r for r in answers.runs.get((regime, variant), {}).values() if "gates" in r]
+        for l in runs[0]["gates"] if runs else ():
+            cells = [" ".join(f"{x:.3f}" for x in np.mean([r["gates"][l][what] for r in runs], 0))
+                     for what in ("mean", "sd", "saturated")]  # fmt: skip
+            rows.append([VARIANTS[variant][0], l, *cells, f"{np.mean([r['size'][int(l)] for r in runs]):.1f}"])
+    return markdown(["variant", "decoder layer", "mean W, level by level", "its spread over questions",
+                     "share below 0.01 or above 0.99", "mean norm of h"], rows)  # fmt: skip
+
+
+def interventions_of(answers, variant):
+    """-> {what was done to W: difference to the model as trained, low, high}"""
+    runs = list(answers.runs.get(("tuned", variant), {}).values())
+    return {name: interval([answers.of(r, r["interventions"][name]) - answers.of(r) for r in runs], answers.concepts)
+            for name in (runs[0]["interventions"] if runs else ())}  # fmt: skip
+
+
+def interventions_table(answers):
+    rows = [[VARIANTS[v][0], name, percent(found, True)] for v in INTERVENED
+            for name, found in interventions_of(answers, v).items()]  # fmt: skip
+    return markdown(["variant", "W at inference", "points of accuracy"], rows)
+
+
+def sweeps_table(answers):
+    rows = []
+    for topic, (usual, labels) in SWEEPS.items():
+        for label in labels:
+            key = ("tuned", f"{topic}={label}")
+            runs = list(answers.runs.get(key, {}).values())
+            if runs:
+                dev = f"{np.mean([r['dev_loss'] for r in runs]):.3f}"
+                if "dev_loss_gate_sees_answer" in runs[0]:
+                    leaky = np.mean([r["dev_loss_gate_sees_answer"] for r in runs])
+                    dev += f" ({leaky:.3f} if the gate sees the answer)"
+                rows.append([topic, usual, label, percent(answers.accuracy(key)),
+                             percent(answers.difference(key, ("tuned", "cli")), True),
+                             f"{np.mean([r['curve'][-1]['loss'] for r in runs]):.3f}", dev, len(runs)])  # fmt: skip
+    return markdown("choice|in the main table|here|accuracy %|minus CLI|training loss|dev loss|seeds".split("|"), rows)
+
+
+def figures(args, answers):
+    """Draw what there are runs for -> {name: path}."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    drawn, names = {}, [v for v in VARIANTS if ("tuned", v) in answers.runs]
+
+    def save(name, fig):
+        drawn[name] = args.results / f"{name}.png"
+        fig.savefig(drawn[name], dpi=110, bbox_inches="tight")
+        plt.close(fig)
+
+    def bars(ax, found, text):  # {label: (mean, low, high)}
+        for i, values in enumerate(found.values()):
+            mean, low, high = (100 * x for x in values)
+            ax.errorbar(mean, i, xerr=[[max(0, mean - low)], [max(0, high - mean)]], fmt="o", color="C0")
+        ax.set(yticks=range(len(found)), yticklabels=list(found), xlabel=text)
+        ax.invert_yaxis()
+
+    fig, (left, right) = plt.subplots(1, 2, figsize=(12, 4))
+    bars(left, {VARIANTS[v][0]: answers.accuracy(("tuned", v)) for v in names}, "accuracy %, 95 % interval")
+    for i, variant in enumerate(names):
+        points = [[(p["step"], p["dev_loss"]) for p in r["curve"] if "dev_loss" in p]
+                  for r in answers.runs["tuned", variant].values()]  # fmt: skip
+        right.plot(*np.mean(points, 0).T, label=VARIANTS[variant][0], linestyle="-" if i < 6 else "--")
+    right.set(xlabel="step", ylabel="loss on the development split")
+    right.legend(fontsize=7)
+    save("main", fig)
+
+    for variant in (v for v in INTERVENED if v in names):
+        runs = list(answers.runs["tuned", variant].values())
+        layers, levels = list(runs[0]["gates"]), cli.parse_layers(REACH["vision_levels"])
+        maps = {kind: np.mean([[r["gates"][l]["kinds"][kind] for l in layers] for r in runs], 0)
+                for kind in runs[0]["gates"][layers[0]]["kinds"]}  # fmt: skip
+        fig, axes = plt.subplots(2, 8, figsize=(15, 4), sharex=True, sharey=True)
+        for ax, (kind, W) in zip(axes.flat, maps.items()):
+            image = ax.imshow(W, vmin=0, vmax=np.max(list(maps.values())), aspect="auto")
+            ax.set_title(kind, fontsize=9)
+            ax.set(xticks=range(len(levels)), xticklabels=levels, yticks=range(len(layers)), yticklabels=layers)
+        fig.supxlabel("vision level")
+        fig.supylabel("decoder layer")
+        fig.colorbar(image, ax=axes, label="mean W")
+        save(f"gates_{variant}", fig)
+        fig, ax = plt.subplots(figsize=(7, 3))
+        bars(ax, interventions_of(answers, variant), "points of accuracy against the gates as trained")
+        ax.axvline(0, color="gray", linewidth=0.8)
+        save(f"interventions_{variant}", fig)
+    return drawn
+
+
+def sentences(answers):
+    """Three sentences for the README, from the numbers."""
+    def said(a, b):
+        found = answers.difference(("tuned", a), ("tuned", b))
+        return percent(found, True) + " points" if found else "not run yet"
+
+    return (f"CLI minus the one-to-one model: {said('cli', 'none')}; minus one that trained for CLI's time: "
+            f"{said('cli', 'none_long')}. The gate (CLI minus W = 1): {said('cli', 'amp')}; the levels (CLI minus CLI "
+            f"whose levels are all the final one): {said('cli', 'cli_final')}. Against SLI: {said('cli', 'sli')}, and "
+            f"DeepStack minus one-to-one: {said('deepstack', 'none')}.")
+
+
+def report(args):
+    """Rewrite what stands between the marks in experiments/fusion.md and README.md from the files of the runs."""
+    results = load_results(args)
+    answers = Answers(results, cli.read_json(args.results / "questions.json", {}))
+    drawn = figures(args, answers) if any(regime == "tuned" for regime, _ in answers.runs) else {}
+
+    def shown(table):
+        return [*(table or ["Not run yet."]), ""]
+
+    def pictures(page, **texts):
+        return [line for name, text in texts.items() if name in drawn
+                for line in (f"![{text}]({drawn[name].relative_to(page.parent).as_posix()})", "")]  # fmt: skip
+
+    caption, main = "Accuracy of every variant, and learning curves", main_table(answers, "tuned")
+    said = [sentences(answers)] if main else []
+    put_between_marks(args.readme, [*shown(main), *pictures(args.readme, main=caption), *said])
+    lines = []
+    for regime, title in (("tuned", "From a pre-trained one-to-one model"), ("scratch", "From scratch")):
+        lines += [f"### {title}", "", *shown(main_table(answers, regime)),
+                  *(pictures(args.page, main=caption) if regime == "tuned" else []),
+                  "The paper's claims and two controls:", "", *shown(claims_table(answers, regime)),
+                  "Accuracy in % by kind of question:", ""]  # fmt: skip
+        for table in [kinds_table(answers, regime, split) for split in answers.questions] or [[]]:
+            lines += shown(table)
+        lines += ["What the gates let in:", "", *shown(gates_table(answers, regime))]
+    lines += ["### Other weights at inference", "", *shown(interventions_table(answers))]
+    for v in INTERVENED:
+        lines += pictures(args.page, **{f"gates_{v}": f"{VARIANTS[v][0]}: mean W per kind of question",
+                                        f"interventions_{v}": f"{VARIANTS[v][0]}: other weights at inference"})
+    put_between_marks(args.page, [*lines, "### Where the paper is silent", "", *shown(sweeps_table(answers))])
+    print(f"{len(results)} runs -> {args.readme}, {args.page}")
+
+
+def put_between_marks(page, lines):
+    new = "\n".join(lines).rstrip() + "\n"
+    whole, found = re.subn(r"(?s)(<!-- fusion -->\n).*?(<!-- end -->)", lambda m: m[1] + new + m[2],
+                           page.read_text(encoding="utf-8"))  # fmt: skip
+    if not found:
+        raise InputError(f"{page} has no lines <!-- fusion --> and <!-- end --> to put the tables between")
+    cli.write_whole(page, lambda path: path.write_text(whole, encoding="utf-8"))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=HERE / "experiments/results/fusion", help="files of the runs")
+    parser.add_argument("--page", type=Path, default=HERE / "experiments/fusion.md", help="gets all tables")
+    parser.add_argument("--readme", type=Path, default=HERE / "README.md", help="gets the main one")
+    args = parser.parse_args()
+    for name in ("results", "page", "readme"):
+        setattr(args, name, getattr(args, name).absolute())
+    report(args)
+
+
+if __name__ == "__main__":
+    cli.run_program(main)
