@@ -121,7 +121,7 @@ def recipe_nano(quick=False):
                         batch_tokens=32768, lr_vision=2e-3),
         "pretrain": stage(900, 120, "pretrain", init_from="encode", image_aspect_ratio="anyres_max_9",
                           lr_decoder=2e-3),
-        # The gates wait: while the early levels are of no use yet, all they learn is to shut, within 30 steps.
+        # The gates wait: while the early levels are of no use yet, all they learn is to shut, within 60 steps.
         "tune": stage(1300, 120, "train", init_from="pretrain", fusion="cli", fusion_fields=NANO_FUSION,
                       gate_start=0.3, lr_vision=0.0, eval_every=250),
         "blind": stage(500, 120, "train", blind=True, eval_every=250),
