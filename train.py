@@ -1,6 +1,6 @@
 """Train a CLI model on shards that prepare_data.py wrote: one flat loop.
 
-    python train.py                                 the bundled nano model again: pretrain, tune, blind baseline, scores
+    python train.py                                 the bundled nano model again: encoder, pretrain, tune, blind, scores
     python train.py --recipe quick                  the same in a few minutes, to see it work
     python train.py --recipe paper --data data/onevision    the paper's protocol, from a LLaVA-OneVision checkpoint
     python train.py --config run.json --seed 1      your own: a JSON object of the settings below, or a list of stages
@@ -112,7 +112,7 @@ NANO_FUSION = {"decoder_layers": "0,1,2", "vision_levels": "1,2,4,6", "lora_rank
 def recipe_nano(quick=False):
     """The paper in small. What its SigLIP brings along is made first: an encoder that tells drawings apart by what they
     are called. Then a one-to-one model learns to name them, alone and in scenes, and from it starts the instruction
-    tuning, with the fusion. Muon, as AdamW taught the same encoder a third as much in the same time."""
+    tuning, with the fusion. Muon, as AdamW taught the same encoder much less in the same time."""
     def stage(steps, quick_steps, split, **settings):
         return {"split": split, "steps": quick_steps if quick else steps, "eval_every": 0, "muon": 10.0, **settings}
 
@@ -121,7 +121,7 @@ def recipe_nano(quick=False):
                         batch_tokens=32768, lr_vision=2e-3),
         "pretrain": stage(900, 120, "pretrain", init_from="encode", image_aspect_ratio="anyres_max_9",
                           lr_decoder=2e-3),
-        # The gates wait: while the early levels are of no use yet, all they learn is to shut, within 60 steps.
+        # The gates wait: while the early levels are of no use yet, all they learn is to shut, and they stay shut.
         "tune": stage(1300, 120, "train", init_from="pretrain", fusion="cli", fusion_fields=NANO_FUSION,
                       gate_start=0.3, lr_vision=0.0, eval_every=250),
         "blind": stage(500, 120, "train", blind=True, eval_every=250),
@@ -287,7 +287,7 @@ def part_of_parameter(name):
 def make_optimizers(model, cfg):
     """-> [AdamW, and with cfg.muon Muon too]. A learning rate per part; a part whose rate is 0 is frozen. Decay on
     matrices only. Muon (https://kellerjordan.github.io/posts/muon) takes orthogonal steps with the matrices of the
-    blocks: a small encoder that starts from nothing learns several times as fast."""
+    blocks: a small encoder that starts from nothing learns much faster with it."""
     groups, matrices = {}, {}
     for name, p in model.named_parameters():
         rate, gate = getattr(cfg, part_of_parameter(name)), name.startswith("agf.")
@@ -368,6 +368,23 @@ def sum_over_ranks(model, loss):
     for p, grad in zip(parameters, flat.split([p.numel() for p in parameters] + [1])):
         p.grad.copy_(grad.view(p.shape))
     return flat[-1].item()
+
+
+def take_step(model, optimizers, batches, total, step, steps, cfg, autocast):
+    """One optimiser step, the first being step 1 -> mean cross-entropy, norm of the gradient, gates, tokens fed."""
+    rate = schedule(step - 1, steps, cfg.warmup)
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["lr"] = group["peak"] * rate * (step > group["start"] * steps)
+    model.zero_grad(set_to_none=True)
+    loss, gates, fed = backward(model, batches, total, autocast, cfg.objective)
+    loss = sum_over_ranks(model, loss) / total
+    norm = float(torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], cfg.clip))
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        raise InputError(f"{cfg.out}, step {step}: loss {loss}, gradient norm {norm}: lower the learning rates, or go "
+                         "back to the last checkpoint")
+    for optimizer in optimizers:
+        optimizer.step()
+    return loss, norm, gates, fed
 
 
 @torch.no_grad()
@@ -482,24 +499,14 @@ def train(cfg):
             batches, total = following.result()
             if step < steps:
                 following = ahead.submit(load, step)
-            rate = schedule(step - 1, steps, cfg.warmup)
-            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-                group["lr"] = group["peak"] * rate * (step > group["start"] * steps)
-            model.zero_grad(set_to_none=True)
-            loss, gates, fed = backward(model, batches, total, autocast, cfg.objective)
-            loss = sum_over_ranks(model, loss) / total
-            norm = float(torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], cfg.clip))
-            if not math.isfinite(loss) or not math.isfinite(norm):
-                raise InputError(f"step {step}: loss {loss}, gradient norm {norm}: lower the learning rates, or go "
-                                 f"back to the checkpoint in {out}")
-            for optimizer in optimizers:
-                optimizer.step()
+            loss, norm, gates, fed = take_step(model, optimizers, batches, total, step, steps, cfg, autocast)
             took = time.time() - began
             seconds += took
             recent = [*recent[-19:], took]
-            line = {"step": step, "loss": loss, "lr": cfg.lr_decoder * rate, "norm": norm, "gates": gates,
-                    "tokens_per_s": round(fed * world / took), "mfu": matrix_flops * fed / took / peak if peak else 0.0,
-                    "gib": cli.peak_memory(device), "seconds": round(seconds, 1)}
+            line = {"step": step, "loss": loss, "lr": cfg.lr_decoder * schedule(step - 1, steps, cfg.warmup),
+                    "norm": norm, "gates": gates, "tokens_per_s": round(fed * world / took),
+                    "mfu": matrix_flops * fed / took / peak if peak else 0.0, "gib": cli.peak_memory(device),
+                    "seconds": round(seconds, 1)}
             if dev and (step % cfg.eval_every == 0 or step == steps):
                 line["dev_loss"] = mean_loss(model, dev, dev_usable[:256], cfg, autocast)
             if rank == 0:

@@ -276,18 +276,9 @@ def fit(args, model, rows, cfg, dev=None):
         order = train.rows_of_step(step - 1, range(len(rows)), cfg)
         batches = [rows.batch(batch) for batch in train.micro_batches(rows, order, cfg.batch_tokens)]
         total, began = sum(rows.supervised[i] for i in order), clock()
-        rate = train.schedule(step - 1, cfg.steps, cfg.warmup)
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = group["peak"] * rate * (step > group["start"] * cfg.steps)
-        model.zero_grad(set_to_none=True)
-        loss, _, _ = train.backward(model, batches, total, autocast)
-        norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], cfg.clip)
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            raise InputError(f"{cfg.out}: step {step}: loss {loss}, gradient norm {norm}")
-        for optimizer in optimizers:
-            optimizer.step()
+        loss, *_ = train.take_step(model, optimizers, batches, total, step, cfg.steps, cfg, autocast)
         took.append(clock() - began)
-        losses.append(loss / total)
+        losses.append(loss)
         if step % args.log_every == 0 or step == cfg.steps:
             curve.append({"step": step, "loss": round(sum(losses) / len(losses), 4)})
             losses = []
