@@ -879,12 +879,13 @@ class CLI(nn.Module):
         model.tokenizer = Tokenizer.from_folder(folder)
         return model
 
-    def save_pretrained(self, folder, dtype=None):
+    def save_pretrained(self, folder, dtype=None, weights=None):
         """Write config.json, model.safetensors and tokenizer.json: a folder that from_pretrained reads. dtype: of the
-        stored weights (None: as they are). Every file gets its name only once it is whole."""
+        stored weights (None: as they are). weights: a state_dict, if not this model's own (a rank has only its share).
+        Every file gets its name only once it is whole."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        state = {k: v.to(dtype or v.dtype).contiguous() for k, v in self.state_dict().items()}
+        state = {k: v.to(dtype or v.dtype).contiguous() for k, v in (weights or self.state_dict()).items()}
         if self.config.decoder.tie_word_embeddings:
             del state["lm_head.weight"]
         write_whole(folder / "model.safetensors", lambda path: save_file(state, path, metadata={"format": "pt"}))

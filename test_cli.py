@@ -2600,6 +2600,59 @@ def test_two_ranks_give_what_one_gives(few, tmp_path, monkeypatch):
     assert not torch.distributed.is_initialized()
 
 
+def test_sharded_ranks_give_what_one_gives(mixed, tmp_path, monkeypatch):
+    """Two processes that share out the weights (FSDP): losses, norms and final weights of one process, with rows that
+    have no picture, frozen parts and shares of unequal length; and going on from a checkpoint gives the same again."""
+    fields = dict(batch_rows=4, batch_tokens=300, lr_vision=0.0, checkpointing=True, save_minutes=0.0)
+    base = dataclasses.asdict(settings(mixed / "answer", "unused", **fields))
+    write_whole, saved = cli.write_whole, {}
+
+    def spy(path, write):
+        write_whole(path, write)
+        if path.name == "state.pt":
+            saved[len(saved)] = path.read_bytes()
+
+    monkeypatch.setattr(cli, "write_whole", spy)
+    monkeypatch.setattr(os, "environ", os.environ.copy())  # main() writes there
+
+    def run(name, ranks, **more):
+        stage = {k: v for k, v in {**base, **more}.items() if k != "out"}
+        (tmp_path / "run.json").write_text(json.dumps(stage))
+        arguments = ["--config", tmp_path / "run.json", "--out", tmp_path / name, "--ranks", ranks]
+        monkeypatch.setattr(sys, "argv", [str(ROOT / "train.py"), *map(str, arguments)])
+        train.main()
+        for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            os.environ.pop(key, None)
+        return log_of(tmp_path / name), load_file(tmp_path / name / "model.safetensors")
+
+    def check(found, one):
+        for key in ("loss", "norm"):
+            assert [line[key] for line in found[0]] == pytest.approx([line[key] for line in one[0]], rel=1e-4), key
+        assert found[1].keys() == one[1].keys() and len(one[1]) > 60
+        for name, value in one[1].items():
+            torch.testing.assert_close(found[1][name], value, atol=2e-4, rtol=1e-3, msg=lambda m: f"{name}: {m}")
+
+    one = run("one", 1)
+    saved.clear()
+    check(run("two", 2, shard=True), one)
+    assert len(saved) == 3
+    (tmp_path / "two/train.json").unlink()  # as if it had been killed after step 2
+    (tmp_path / "two/state.pt").write_bytes(saved[1])
+    check(run("two", 2, shard=True), one)
+    assert len(saved) == 4  # of step 3 alone: the steps before were not run again
+
+    rows, cfg = train.Rows(mixed / "answer", "train", tiny_model(mixed / "answer").config), settings("", "", **fields)
+    order, counts = [0, 1, 2, 3, 4, 5], set()
+    for shard in (False, True):
+        cfg.shard = shard
+        shares = [train.share_of_step(rows, order, rank, 2, cfg) for rank in (0, 1)]
+        assert sorted(sum(shares[0] + shares[1], [])) == order
+        counts.add((shard, len(shares[0]) == len(shares[1])))
+    assert counts == {(False, False), (True, True)}
+    with pytest.raises(InputError, match="--shard needs several ranks"):
+        train.train(settings(mixed / "answer", tmp_path / "alone", shard=True))
+
+
 def test_train_mistakes_are_one_line(few, mixed, tmp_path, monkeypatch, capsys):
     """Unknown flags, values, data and other settings in the same folder: status 2 and one line that says what to do."""
     train.train(settings(few, tmp_path / "done", steps=1))

@@ -5,7 +5,7 @@
     python train.py --recipe paper --data data/onevision    the paper's protocol, from a LLaVA-OneVision checkpoint
     python train.py --config run.json --seed 1      your own: a JSON object of the settings below, or a list of stages
     python train.py --evaluate assets/nano          accuracy by kind of question on the validation splits
-    torchrun --nproc_per_node=2 train.py ...        several ranks share every step's rows
+    torchrun --nproc_per_node=2 train.py ...        several ranks share every step's rows, with --shard the weights too
 
 A run that was killed goes on from its last checkpoint when the same command is given again: on a CPU with the same
 losses to the last bit. Its folder: state.pt (weights, optimiser, position), log.jsonl, then the model and train.json.
@@ -37,6 +37,15 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import cli
@@ -85,6 +94,7 @@ class TrainConfig:
     beta2: float = setting(0.99, "AdamW's second beta")
     clip: float = setting(1.0, "largest norm of the gradient")
     checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, a third more time")
+    shard: bool = setting(False, "split weights, gradients and optimiser states over the ranks, as 7B needs")
     save_minutes: float = setting(5.0, "minutes between checkpoints")
     eval_every: int = setting(250, "steps between losses on the dev (or val) split, if there is one; 0: never")
     seed: int = setting(0, "of the initial values and the order of the data")
@@ -220,6 +230,18 @@ def micro_batches(rows, order, budget):
     return batches
 
 
+def share_of_step(rows, order, rank, world, cfg):
+    """A rank's micro-batches of a step, equal work for every rank. Sharded ranks meet in every forward pass: all must
+    have as many, and those with fewer cut theirs up."""
+    shares = [sorted(order, key=lambda i: rows.lengths[i])[r::world] for r in range(world)]
+    shares = [micro_batches(rows, share, cfg.batch_tokens) for share in shares]
+    batches, most = shares[rank], max(map(len, shares))
+    while cfg.shard and len(batches) < most:
+        longest = batches.pop(max(range(len(batches)), key=lambda i: len(batches[i])))
+        batches += [longest[::2], longest[1::2]]
+    return batches
+
+
 def rows_of_step(step, usable, cfg):
     """The rows of a step, a function of the seed and the step alone: every epoch is a permutation of its own."""
     first = step * cfg.batch_rows
@@ -282,6 +304,24 @@ def part_of_parameter(name):
     part = name.split(".")[0]
     return {"vision": "lr_vision", "projector": "lr_projector", "image_newline": "lr_projector",
             "amp": "lr_fusion", "agf": "lr_fusion"}.get(part, "lr_decoder")
+
+
+def shard(model, cfg, device):
+    """FSDP: a rank keeps its share of every weight, of its gradient and of its optimiser state. A decoder layer is put
+    together when it is computed, all the rest at the start of a forward pass: the vision tower too, for a rank whose
+    rows have no picture must still take part in every exchange."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if world == 1 or cfg.batch_rows % world or cfg.muon or cfg.objective == "contrast":
+        raise InputError("--shard needs several ranks (torchrun), a --batch_rows that they share evenly, no --muon and "
+                         "--objective answers")
+    if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
+        raise InputError(f"--shard needs a newer PyTorch than {torch.__version__}: pip install -r requirements.txt")
+    mesh = init_device_mesh(device.type, (world,))
+    for module in (*model.decoder.layers, model):
+        fully_shard(module, mesh=mesh)
+        module.set_gradient_divide_factor(1.0)  # a sum over ranks (cf. backward), not a mean
+        module.set_force_sum_reduction_for_comms(True)
+    model.set_reduce_scatter_unused_params(True)
 
 
 def make_optimizers(model, cfg):
@@ -357,12 +397,14 @@ def backward(model, batches, total, autocast, objective="answers"):
 
 
 def sum_over_ranks(model, loss):
-    """Add up the gradients of all ranks in place -> the summed loss. One message: many small ones would cost more."""
+    """Add up the gradients of all ranks in place -> the summed loss. One message: many small ones would cost more. The
+    gradients of sharded weights are added up already."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     for p in parameters:  # no row of the step used it: a gradient of 0, with one rank as with several
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     if not dist.is_initialized():
         return loss
+    parameters = [p for p in parameters if not isinstance(p, DTensor)]
     flat = torch.cat([*(p.grad.flatten() for p in parameters), torch.tensor([loss], device=model.device)])
     dist.all_reduce(flat)
     for p, grad in zip(parameters, flat.split([p.numel() for p in parameters] + [1])):
@@ -378,7 +420,8 @@ def take_step(model, optimizers, batches, total, step, steps, cfg, autocast):
     model.zero_grad(set_to_none=True)
     loss, gates, fed = backward(model, batches, total, autocast, cfg.objective)
     loss = sum_over_ranks(model, loss) / total
-    norm = float(torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], cfg.clip))
+    norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], cfg.clip)
+    norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     if not math.isfinite(loss) or not math.isfinite(norm):
         raise InputError(f"{cfg.out}, step {step}: loss {loss}, gradient norm {norm}: lower the learning rates, or go "
                          "back to the last checkpoint")
@@ -437,7 +480,8 @@ def train(cfg):
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
     torch.manual_seed(cfg.seed)
-    model = build_model(cfg, manifest).to(device)
+    model = build_model(cfg, manifest)
+    shard(model, cfg, device) if cfg.shard else model.to(device)
     if cfg.image_aspect_ratio:
         model.config = dataclasses.replace(model.config, image_aspect_ratio=cfg.image_aspect_ratio)
     model.vision.checkpointing = model.decoder.checkpointing = cfg.checkpointing
@@ -463,9 +507,8 @@ def train(cfg):
         + ", ".join(f"{part} {n:,}" for part, n in count.items()))
     start = seconds = 0
     if state:
-        model.load_state_dict(state["model"])
-        for optimizer, of in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(of)
+        set_state_dict(model, optimizers, model_state_dict=state["model"], optim_state_dict=state["optimizers"],
+                       options=StateDictOptions(full_state_dict=True))
         start, seconds = state["step"], state["seconds"]
         say(f"going on after step {start}")
     if rank == 0:
@@ -480,15 +523,23 @@ def train(cfg):
     gpu = re.split(r"[\s-]", torch.cuda.get_device_name()) if device.type == "cuda" else []
     peak = next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), 0)
 
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)  # put together from all ranks, for rank 0
+
     def save(step):
-        state = {"config": settings, "step": step, "seconds": seconds, "model": model.state_dict(),
-                 "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
-        cli.write_whole(out / "state.pt", lambda path: torch.save(state, path))
+        weights, moments = get_state_dict(model, optimizers, options=whole)
+        if rank == 0:
+            state = {"config": settings, "step": step, "seconds": seconds, "model": weights, "optimizers": moments}
+            cli.write_whole(out / "state.pt", lambda path: torch.save(state, path))
+
+    def due():  # time for a checkpoint, by the clock of rank 0
+        late = torch.tensor(time.time() - saved > 60 * cfg.save_minutes, device=device)
+        if dist.is_initialized():
+            dist.broadcast(late, 0)
+        return bool(late)
 
     def load(step):  # this rank's share of a step, ready to be fed, and the supervised tokens of all
         order = rows_of_step(step, usable, cfg)
-        mine = sorted(order, key=lambda i: rows.lengths[i])[rank::world]  # equal work for every rank
-        batches = [rows.batch(batch) for batch in micro_batches(rows, mine, cfg.batch_tokens)]
+        batches = [rows.batch(batch) for batch in share_of_step(rows, order, rank, world, cfg)]
         return batches, len(order) if cfg.objective == "contrast" else sum(rows.supervised[i] for i in order)
 
     saved, recent = time.time(), []
@@ -513,12 +564,13 @@ def train(cfg):
                 log.write(json.dumps(line) + "\n")
                 log.flush()
                 print(readable(line, steps, (steps - step) * sum(recent) / len(recent)), flush=True)
-                if time.time() - saved > 60 * cfg.save_minutes and step < steps:
-                    save(step)
-                    saved = time.time()
+            if step < steps and due():
+                save(step)
+                saved = time.time()
+    weights = get_model_state_dict(model, options=whole)
     if rank == 0:
         log.close()
-        model.save_pretrained(out)
+        model.save_pretrained(out, weights=weights)
         facts = {"config": settings, "commit": commit(), "torch": torch.__version__, "device": str(device),
                  "steps": steps, "dtype": str(dtype)[6:], "loss": loss, "dev_loss": line.get("dev_loss"),
                  "seconds": round(seconds, 1)}
