@@ -18,6 +18,13 @@ import cli  # noqa: E402
 from cli import InputError  # noqa: E402
 from experiments.fusion import INTERVENED, REACH, SWEEPS, VARIANTS, best_rate, load_results, unpack  # noqa: E402
 
+NEEDS = {  # what a question takes: its kinds; probe.json says which levels show a background, an artist, a name
+    "the background": ("background", "background_at"),
+    "the artist": ("artist", "artist_at", "odd_artist"),
+    "the thing": ("name", "kind", "tag", "country", "clock", "tone", "name_at", "same", "count"),
+    "both at once": ("on_colour", "by_artist"),
+}
+SEEN = {"known drawings": ("val_seen", "val_scene"), "new ones": ("val_concept", "val_pair")}
 CLAIMS = (  # a claim of the paper, or a control: the first minus the second should have this sign
     ("several levels, gated, help", "cli", "none", 1), ("... even at equal time", "cli", "none_long", 1),
     ("DeepStack hurts", "deepstack", "none", -1), ("SLI is better than DeepStack", "sli", "deepstack", 1),
@@ -67,13 +74,14 @@ class Answers:
     def right(self, key, seeds=None):  # -> float[seeds, questions]
         return np.stack([self.of(self.runs[key][s]) for s in seeds or sorted(self.runs[key])])
 
-    def accuracy(self, key, where=None):
-        where = np.ones(len(self.kinds), bool) if where is None else where
+    def accuracy(self, key, where=slice(None)):
         return interval(self.right(key)[:, where], self.concepts[where])
 
-    def difference(self, key, other):  # paired: same seeds, same questions; None without a common seed
+    def difference(self, key, other, where=slice(None)):
+        """Paired: same seeds, same questions; None without a common seed."""
         seeds = sorted(self.runs.get(key, {}).keys() & self.runs.get(other, {}).keys())
-        return interval(self.right(key, seeds) - self.right(other, seeds), self.concepts) if seeds else None
+        if seeds:
+            return interval((self.right(key, seeds) - self.right(other, seeds))[:, where], self.concepts[where])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -99,12 +107,38 @@ def main_table(answers, regime):
         if runs:
             beside = [percent(answers.difference(key, (regime, other)), True) if variant != other else ""
                       for other in ("none", "sli")]  # fmt: skip
-            rows.append([label, percent(answers.accuracy(key)), *beside, f"{runs[0]['parameters'] / 1e6:.2f}",
+            both = np.isin(answers.kinds, NEEDS["both at once"])
+            rows.append([label, percent(answers.accuracy(key)), *beside, percent(answers.accuracy(key, both)),
+                         f"{runs[0]['parameters'] / 1e6:.2f}",
                          f"{1000 * np.median([r['step_seconds'] for r in runs]):.0f}",
                          f"{np.median([r['gib'] for r in runs]):.2f}", f"{runs[0]['spec']['steps']:,}",
                          f"{runs[0]['spec']['rate']:g}", len(runs)])  # fmt: skip
-    head = "variant|accuracy %|minus none|minus SLI|M parameters|ms a step|GiB|steps|rate|seeds"
+    head = "variant|accuracy %|minus none|minus SLI|accuracy: both at once|M parameters|ms a step|GiB|steps|rate|seeds"
     return markdown(head.split("|"), rows)
+
+
+def needs_table(answers, regime):
+    """One-to-one's accuracy and every other variant's difference to it, by what a question takes."""
+    names, rows = [v for v in VARIANTS if (regime, v) in answers.runs and v != "none"], []
+    if (regime, "none") not in answers.runs:
+        return []
+    for need, kinds in NEEDS.items():
+        for seen, splits in SEEN.items():
+            where = np.isin(answers.kinds, kinds) & np.isin(answers.splits, splits)
+            rows.append([need, seen, where.sum(), percent(answers.accuracy((regime, "none"), where)),
+                         *(percent(answers.difference((regime, v), (regime, "none"), where), True) for v in names)])
+    return markdown(["a question about", "of", "questions", *(VARIANTS[v][0] for v in ("none", *names))], rows)
+
+
+def probe_table(found):
+    """What every level of the encoder holds (fusion_probe.py)."""
+    rows = []
+    for attribute, facts in found.items():
+        rows.append([attribute, "share of the variance", *(f"{100 * x:.1f}" for x in facts["between"]), ""])
+        rows += [["", f"told right, {split}", *(f"{100 * x:.1f}" for x in [*told["levels"], told["majority"]])]
+                 for split, told in facts["right"].items()]  # fmt: skip
+    levels = range(len(next(iter(found.values()))["between"])) if found else ()
+    return markdown(["attribute", "%", *(f"level {k}" for k in levels), "majority"], rows)
 
 
 def kinds_table(answers, regime, split):
@@ -248,11 +282,14 @@ def report(args):
     caption, main = "Accuracy of every variant, and learning curves", main_table(answers, "tuned")
     said = [sentences(answers)] if main else []
     put_between_marks(args.readme, [*shown(main), *pictures(args.readme, main=caption), *said])
-    lines = []
+    probes = probe_table(cli.read_json(args.results / "probe.json", {}))
+    lines = ["### What the levels of the encoder hold", "", *shown(probes)]
     for regime, title in (("tuned", "From a pre-trained one-to-one model"), ("scratch", "From scratch")):
         lines += [f"### {title}", "", *shown(main_table(answers, regime)),
                   *(pictures(args.page, main=caption) if regime == "tuned" else []),
                   "The paper's claims and two controls:", "", *shown(claims_table(answers, regime)),
+                  "Points of accuracy against one-to-one, by what a question is about:", "",
+                  *shown(needs_table(answers, regime)),
                   "Accuracy in % by kind of question:", ""]  # fmt: skip
         for table in [kinds_table(answers, regime, split) for split in answers.questions] or [[]]:
             lines += shown(table)
