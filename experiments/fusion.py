@@ -34,7 +34,7 @@ HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
 import cli  # noqa: E402
 import train  # noqa: E402
-from assets.emoji.scenes import COLOURS, COUNTED, POSITIONS, VALIDATION, load_emoji, open_picture  # noqa: E402
+from assets.emoji.scenes import POSITIONS, VALIDATION, load_emoji, open_picture  # noqa: E402
 from cli import IGNORE, InputError  # noqa: E402
 
 # Where the fusions reach, unless a variant says otherwise; all other fields are FusionConfig's defaults, that is the
@@ -85,17 +85,13 @@ PRETRAIN_ROWS = 24_000
 
 
 def concept_of(kind, question, recipe):
-    """The concept that a question is about, from its text and its picture's recipe; a counting question is about what
-    it counts. Questions about one concept are not independent: the interval draws them together."""
-    kind, (keys, artists, colours) = kind.removesuffix("-zh"), ([c[i] for c in recipe["cells"]] for i in (0, 1, 5))
-    if kind == "count":
-        return next(what for what in COUNTED if any(name in question for name in what.split("/")))
-    fits = {  # does a cell's place, key, artist, colour make it the one
-        "by_artist": lambda i: artists[i] in question, "odd_artist": lambda i: artists.count(artists[i]) == 1,
-        "same": lambda i: keys.count(keys[i]) == 2,
-        "on_colour": lambda i: any(name in question for name in (colours[i], COLOURS[colours[i]][1])),
-    }.get(kind, lambda i: len(keys) == 1 or any(n in question for n in POSITIONS[recipe["grid"]][i].split("/")))
-    concept = load_emoji()[1][keys[next(filter(fits, range(len(keys))))]]
+    """The concept that a question is about, from its text and its picture's recipe. Questions about one concept are not
+    independent: the interval draws them together."""
+    cells = recipe["cells"]
+    if len(cells) > 1:  # the one whose colour or place is named
+        marks = [c[5] for c in cells] if kind == "on_colour" else [p.split("/")[0] for p in POSITIONS[recipe["grid"]]]
+        cells = [c for c, mark in zip(cells, marks) if mark in question]
+    concept = load_emoji()[1][cells[0][0]]
     return concept.get("base", concept["id"])
 
 
@@ -358,7 +354,7 @@ def tune(args, spec):
 
 def describe_gates(found, sets):
     """W over the validation questions -> {l: {"kinds": {kind: [mean per level]}, "mean", "sd", "saturated"}}."""
-    kinds = np.array([kind.removesuffix("-zh") for split in VALIDATION for kind in sets[split].kinds])
+    kinds = np.array([kind for split in VALIDATION for kind in sets[split].kinds])
     out = {}
     for l in found["val_seen"]["gates"]:
         W = torch.cat([found[split]["gates"][l] for split in VALIDATION]).numpy().astype(float)

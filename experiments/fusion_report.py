@@ -20,9 +20,9 @@ from experiments.fusion import INTERVENED, REACH, SWEEPS, VARIANTS, best_rate, l
 
 NEEDS = {  # what a question takes: its kinds; probe.json says which levels show a background, an artist, a name
     "the background": ("background", "background_at"),
-    "the artist": ("artist", "artist_at", "odd_artist"),
-    "the thing": ("name", "kind", "tag", "country", "clock", "tone", "name_at", "same", "count"),
-    "both at once": ("on_colour", "by_artist"),
+    "the artist": ("artist", "artist_at"),
+    "the thing": ("name", "kind", "name_at"),
+    "both at once": ("on_colour",),
 }
 SEEN = {"known drawings": ("val_seen", "val_scene"), "new ones": ("val_concept", "val_pair")}
 CLAIMS = (  # a claim of the paper, or a control: the first minus the second should have this sign
@@ -58,8 +58,7 @@ class Answers:
 
     def __init__(self, results, questions):
         self.questions = questions
-        asked = [(split, c, kind.removesuffix("-zh")) for split, q in questions.items()
-                 for c, kind in zip(q["concept"], q["kind"])]  # fmt: skip
+        asked = [(split, c, kind) for split, q in questions.items() for c, kind in zip(q["concept"], q["kind"])]
         self.splits, self.concepts, self.kinds = np.array(asked, dtype=str).reshape(-1, 3).T
         self.runs, variants = {}, {(r["spec"]["regime"], r["spec"]["variant"]) for r in results}
         for regime, variant in variants:  # only at the chosen rate
@@ -107,13 +106,11 @@ def main_table(answers, regime):
         if runs:
             beside = [percent(answers.difference(key, (regime, other)), True) if variant != other else ""
                       for other in ("none", "sli")]  # fmt: skip
-            both = np.isin(answers.kinds, NEEDS["both at once"])
-            rows.append([label, percent(answers.accuracy(key)), *beside, percent(answers.accuracy(key, both)),
-                         f"{runs[0]['parameters'] / 1e6:.2f}",
+            rows.append([label, percent(answers.accuracy(key)), *beside, f"{runs[0]['parameters'] / 1e6:.2f}",
                          f"{1000 * np.median([r['step_seconds'] for r in runs]):.0f}",
                          f"{np.median([r['gib'] for r in runs]):.2f}", f"{runs[0]['spec']['steps']:,}",
                          f"{runs[0]['spec']['rate']:g}", len(runs)])  # fmt: skip
-    head = "variant|accuracy %|minus none|minus SLI|accuracy: both at once|M parameters|ms a step|GiB|steps|rate|seeds"
+    head = "variant|accuracy %|minus none|minus SLI|M parameters|ms a step|GiB|steps|rate|seeds"
     return markdown(head.split("|"), rows)
 
 
@@ -238,7 +235,7 @@ def figures(args, answers):
         layers, levels = list(runs[0]["gates"]), cli.parse_layers(REACH["vision_levels"])
         maps = {kind: np.mean([[r["gates"][l]["kinds"][kind] for l in layers] for r in runs], 0)
                 for kind in runs[0]["gates"][layers[0]]["kinds"]}  # fmt: skip
-        fig, axes = plt.subplots(2, 8, figsize=(15, 4), sharex=True, sharey=True)
+        fig, axes = plt.subplots(2, 4, figsize=(9, 4), sharex=True, sharey=True)
         for ax, (kind, W) in zip(axes.flat, maps.items()):
             image = ax.imshow(W, vmin=0, vmax=np.max(list(maps.values())), aspect="auto")
             ax.set_title(kind, fontsize=9)
