@@ -2893,6 +2893,18 @@ def test_fusion_concepts():
     assert seen == set(study.KINDS)
 
 
+def test_fusion_rate_is_chosen_by_the_first_seed_on_dev():
+    """By right answers on dev, whatever the other splits say; later seeds have no voice."""
+    def result(variant, seed, rate, dev, val):
+        return {"spec": {"regime": "tuned", "variant": variant, "seed": seed, "rate": rate},
+                "right": {"dev": study.pack(dev), "val_seen": study.pack(val)}}  # fmt: skip
+
+    results = [result("cli", 0, 1e-3, [1, 0, 0, 0, 1, 0, 0, 0, 1], [1, 1]), result("cli", 0, 5e-4, [1] * 4, [0, 0]),
+               result("cli", 1, 1e-3, [1] * 9, [1, 1]), result("sli", 0, 1e-3, [1] * 9, [1, 1])]  # fmt: skip
+    assert study.best_rate(results, "tuned", "cli") == 5e-4 and study.best_rate(results, "tuned", "sli") == 1e-3
+    assert study.best_rate(results, "scratch", "cli") is None
+
+
 def test_fusion_probe():
     """Classes that the features tell are told, whatever their scale, and nothing is told from noise; the share of the
     variance between classes is 1, then what a faint feature beside a loud one leaves."""

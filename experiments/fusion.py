@@ -21,6 +21,7 @@ import json
 import math
 import multiprocessing
 import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -440,7 +441,8 @@ def execute(args, specs):
     """Work off the missing runs, args.jobs at a time, each in a process of its own: so its memory is its own."""
     todo = [spec for spec in specs if not finished(args, spec)]
     if todo:
-        with multiprocessing.get_context("spawn").Pool(args.jobs, maxtasksperchild=1) as pool:
+        quiet = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}  # Ctrl-C is for the parent
+        with multiprocessing.get_context("spawn").Pool(args.jobs, maxtasksperchild=1, **quiet) as pool:
             bar = tqdm(pool.imap_unordered(functools.partial(run_one, args), todo), total=len(todo), desc="runs")
             for line in bar:
                 bar.write(line)
@@ -484,13 +486,14 @@ def tell_plan(args, plan):
 
 
 def best_rate(results, regime, variant):
-    """The learning rate with the lower development loss, by the first seed that has been tried at more than one (or the
-    only one); None without a run."""
+    """The learning rate with more right answers on the development split, by the first seed, which was tried at all of
+    them; None without a run."""
     runs = [r for r in results if (r["spec"]["regime"], r["spec"]["variant"]) == (regime, variant)]
     if not runs:
         return None
     first = min(r["spec"]["seed"] for r in runs)
-    return min((r["dev_loss"], r["spec"]["rate"]) for r in runs if r["spec"]["seed"] == first)[1]
+    right = {r["spec"]["rate"]: int(r["right"]["dev"], 16).bit_count() for r in runs if r["spec"]["seed"] == first}
+    return max(right, key=right.get)
 
 
 def load_results(args):

@@ -26,7 +26,6 @@ from experiments.fusion import Cached, write_json  # noqa: E402
 ATTRIBUTES = {  # how a cell of a picture's recipe says it
     "background": lambda cell, concept: cell[5],
     "artist": lambda cell, concept: cell[1],
-    "tone": lambda cell, concept: concept.get("tone"),
     "kind": lambda cell, concept: concept["kind"],
     "name": lambda cell, concept: concept["name"],
 }
@@ -46,7 +45,7 @@ def classify(x, y, tests, classes):
     mean, std = x.mean(0), x.std(0) + 1e-6
     weight = torch.zeros(x.shape[1], classes, requires_grad=True)
     bias = torch.zeros(classes, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
     x = (x - mean) / std
 
     def loss():
