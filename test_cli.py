@@ -2920,6 +2920,37 @@ def test_fusion_probe():
     assert fusion_probe.classify(noise[:600], y[:600], [(noise[600:], y[600:])], 3)[0] < 0.45
 
 
+def test_fusion_report_tables():
+    """Accuracies, paired differences and verdicts of made-up runs: at the better rate alone, questions told apart by
+    what they are about, no verdict from fewer than three seeds."""
+    questions = {"val_seen": {"concept": [str(i % 5) for i in range(40)], "kind": ["background", "name"] * 20},
+                 "val_concept": {"concept": ["x", "y"] * 10, "kind": ["background"] * 20}}  # fmt: skip
+
+    def result(variant, seed, rate, backgrounds):
+        right = {split: [float(kind == "name" or i < 2 * backgrounds) for i, kind in enumerate(q["kind"])]
+                 for split, q in questions.items()}  # fmt: skip
+        right["dev"] = [rate < 1e-2] * 8
+        return {"spec": {"regime": "tuned", "variant": variant, "seed": seed, "rate": rate, "steps": 10},
+                "right": {split: study.pack(values) for split, values in right.items()}, "parameters": 2_000_000,
+                "step_seconds": 0.1, "gib": 1.0}  # fmt: skip
+
+    runs = [result(v, s, 1e-3, n) for v, n in (("none", 0), ("cli", 20)) for s in range(3)]
+    runs += [result("cli", 0, 1e-1, 3), result("sli", 0, 1e-3, 20), result("sli", 1, 1e-3, 20)]
+    answers = fusion_report.Answers(runs, questions)
+    assert answers.accuracy(("tuned", "cli")) == (1, 1, 1) and answers.accuracy(("tuned", "none"))[0] == 20 / 60
+    assert answers.difference(("tuned", "cli"), ("tuned", "none"))[0] == pytest.approx(40 / 60)
+    main = {row.split("|")[1].strip(): row for row in fusion_report.main_table(answers, "tuned")[2:]}
+    assert len(main) == 3 and "+66.7 [" in main["CLI"]
+    assert main["CLI"].endswith("| 2.00 | 100 | 1.00 | 10 | 0.001 | 3 |")
+    claims = fusion_report.claims_table(answers, "tuned")
+    assert any("CLI minus none" in row and row.endswith("| 3 | holds |") for row in claims)
+    assert any("CLI minus SLI" in row and row.endswith("| 2 | too few seeds |") for row in claims)
+    needs = [row for row in fusion_report.needs_table(answers, "tuned") if row.startswith("| the background")]
+    assert "| 20 | 0.0 [0.0, 0.0] | +100.0 [100.0, 100.0] | +100.0" in needs[0] and "| new ones | 20 |" in needs[1]
+    kinds = fusion_report.kinds_table(answers, "tuned", "val_seen")
+    assert "| name | 20 | 100.0 | 100.0 | 100.0 |" in kinds and fusion_report.main_table(answers, "scratch") == []
+
+
 def test_fusion_report_without_runs(tmp_path):
     """From no files the pages say so, and keep what stands outside the marks."""
     pages = [tmp_path / name for name in ("page.md", "readme.md")]

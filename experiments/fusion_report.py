@@ -122,8 +122,9 @@ def needs_table(answers, regime):
     for need, kinds in NEEDS.items():
         for seen, splits in SEEN.items():
             where = np.isin(answers.kinds, kinds) & np.isin(answers.splits, splits)
-            rows.append([need, seen, where.sum(), percent(answers.accuracy((regime, "none"), where)),
-                         *(percent(answers.difference((regime, v), (regime, "none"), where), True) for v in names)])
+            if where.any():
+                beside = (percent(answers.difference((regime, v), (regime, "none"), where), True) for v in names)
+                rows.append([need, seen, where.sum(), percent(answers.accuracy((regime, "none"), where)), *beside])
     return markdown(["a question about", "of", "questions", *(VARIANTS[v][0] for v in ("none", *names))], rows)
 
 
@@ -151,10 +152,12 @@ def claims_table(answers, regime):
     rows = []
     for claim, first, second, sign in CLAIMS:
         if found := answers.difference((regime, first), (regime, second)):
+            seeds = len(answers.runs[regime, first].keys() & answers.runs[regime, second].keys())
             clear = found[1] > 0 or found[2] < 0
             verdict = ("holds" if found[0] * sign > 0 else "the opposite") if clear else "not to be told"
-            rows.append([claim, f"{VARIANTS[first][0]} minus {VARIANTS[second][0]}", percent(found, True), verdict])
-    return markdown(["claim", "difference", "points", "here"], rows)
+            rows.append([claim, f"{VARIANTS[first][0]} minus {VARIANTS[second][0]}", percent(found, True), seeds,
+                         verdict if seeds >= 3 else "too few seeds"])  # fmt: skip
+    return markdown(["claim", "difference", "points", "seeds", "here"], rows)
 
 
 def gates_table(answers, regime):
@@ -288,7 +291,8 @@ def report(args):
                   "Points of accuracy against one-to-one, by what a question is about:", "",
                   *shown(needs_table(answers, regime)),
                   "Accuracy in % by kind of question:", ""]  # fmt: skip
-        for table in [kinds_table(answers, regime, split) for split in answers.questions] or [[]]:
+        tables = [kinds_table(answers, regime, split) for split in answers.questions]
+        for table in [table for table in tables if table] or [[]]:
             lines += shown(table)
         lines += ["What the gates let in:", "", *shown(gates_table(answers, regime))]
     lines += ["### Other weights at inference", "", *shown(interventions_table(answers))]
