@@ -79,6 +79,7 @@ KINDS = ["name", "kind", "artist", "background", "name_at", "artist_at", "backgr
 LEVELS = tuple(range(train.NANO["vision"]["num_hidden_layers"] + 1))
 INTERVENED = ("cli", "cli_norm")  # variants whose gates are also changed at inference
 PRETRAIN_ROWS = 24_000
+SEEDS = [0, 1, 2, 3, 4]  # of the main table
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -544,7 +545,7 @@ def main():
     add("--encoder", type=Path, default=HERE / "out/nano/encode", help="trained as train.py does it if it is not there")
     add("--work", type=Path, default=HERE / "out/fusion", help="levels and pre-trained models (default: out/fusion)")
     add("--results", type=Path, default=HERE / "experiments/results/fusion", help="one JSON file a run")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="of the main table (default: 0 to 4)")
+    add("--seeds", type=int, nargs="+", default=SEEDS, help="of the main table (default: 0 to 4)")
     add("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="of the main table")
     add("--rate", type=float, help="learning rate of every run, instead of the better of two")
     add("--steps", type=int, default=2500, help="of every run (default: %(default)s)")

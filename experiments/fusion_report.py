@@ -16,7 +16,7 @@ HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
 import cli  # noqa: E402
 from cli import InputError  # noqa: E402
-from experiments.fusion import INTERVENED, REACH, SWEEPS, VARIANTS, best_rate, load_results, unpack  # noqa: E402
+from experiments.fusion import INTERVENED, REACH, SEEDS, SWEEPS, VARIANTS, best_rate, load_results, unpack  # noqa: E402
 
 NEEDS = {  # what a question takes: its kinds; probe.json says which levels show a background, an artist, a name
     "the background": ("background", "background_at"),
@@ -213,7 +213,7 @@ def figures(args, answers):
 
     def save(name, fig):
         drawn[name] = args.results / f"{name}.png"
-        fig.savefig(drawn[name], dpi=110, bbox_inches="tight")
+        fig.savefig(drawn[name], dpi=80, bbox_inches="tight")
         plt.close(fig)
 
     def bars(ax, found, text):  # {label: (mean, low, high)}
@@ -256,11 +256,14 @@ def figures(args, answers):
 
 def sentences(answers):
     """Three sentences for the README, from the numbers."""
+    done, whole = sum(len(answers.runs.get(("tuned", v), ())) for v in VARIANTS), len(SEEDS) * len(VARIANTS)
+    interim = f"**Interim: {done} of {whole} runs.** " if done < whole else ""
+
     def said(a, b):
         found = answers.difference(("tuned", a), ("tuned", b))
         return percent(found, True) + " points" if found else "not run yet"
 
-    return (f"CLI minus the one-to-one model: {said('cli', 'none')}; minus one that trained for CLI's time: "
+    return (f"{interim}CLI minus the one-to-one model: {said('cli', 'none')}; minus one that trained for CLI's time: "
             f"{said('cli', 'none_long')}. The gate (CLI minus W = 1): {said('cli', 'amp')}; the levels (CLI minus CLI "
             f"whose levels are all the final one): {said('cli', 'cli_final')}. Against SLI: {said('cli', 'sli')}, and "
             f"DeepStack minus one-to-one: {said('deepstack', 'none')}.")
