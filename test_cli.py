@@ -2963,4 +2963,4 @@ def test_fusion_report_without_runs(tmp_path):
         assert "stale" not in text
     pages[0].write_text("no marks")
     with pytest.raises(cli.InputError, match="has no lines"):
-        fusion_report.put_between_marks(pages[0], ["x"])
+        train.put_between_marks(pages[0], {"fusion": ["x"]})

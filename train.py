@@ -620,16 +620,33 @@ def majority(rows):
     return {kind: c.most_common(1)[0][0] for kind, c in counts.items()}
 
 
+def markdown(head, rows):
+    """A table's head and rows -> its lines of Markdown; none without rows."""
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in (head, *rows)]
+    return [lines[0], "|---" * len(head) + "|", *lines[1:]] if rows else []
+
+
+def put_between_marks(page, tables):
+    """Rewrite a Markdown file: {mark: lines} go between <!-- mark --> and the next <!-- end -->."""
+    text = Path(page).read_text(encoding="utf-8")
+    for mark, lines in tables.items():
+        new = "\n".join(lines).rstrip() + "\n"
+        text, found = re.subn(rf"(?s)(<!-- {mark} -->\n).*?(<!-- end -->)", lambda m, new=new: m[1] + new + m[2], text)
+        if not found:
+            raise InputError(f"{page} has no lines <!-- {mark} --> and <!-- end --> to put the table between")
+    cli.write_whole(Path(page), lambda path: path.write_text(text, encoding="utf-8"))
+
+
 def accuracy_table(scores, columns):
     """{split: {kind: counts}} -> lines of Markdown."""
-    lines = ["| question | " + " | ".join(scores) + " |", "|---|" + "---|" * len(scores)]
+    rows = []
     for kind in [*dict.fromkeys(kind for kinds in scores.values() for kind in kinds), "all"]:
         cells = []
         for kinds in scores.values():
             row = sum(kinds.values(), Counter()) if kind == "all" else kinds.get(kind)
             cells.append(" / ".join(f"{100 * row[who] / row['n']:.0f}" for who in columns) if row else "")
-        lines.append(f"| {kind} | " + " | ".join(cells) + " |")
-    return lines
+        rows.append([kind, *cells])
+    return markdown(["question", *scores], rows)
 
 
 def gates_table(opened, levels):
@@ -637,10 +654,9 @@ def gates_table(opened, levels):
     means = {kind: {l: torch.tensor([W[l] for W in found]).mean(0).tolist() for l in sorted(found[0])}
              for kind, found in opened.items()}
     layers = next(iter(means.values()))
-    lines = ["| question | " + " | ".join(f"layer {l} <- {', '.join(map(str, levels[l]))}" for l in layers) + " |",
-             "|---|" + "---|" * len(layers)]
-    return means, lines + [f"| {kind} | " + " | ".join(" ".join(f"{w:.2f}" for w in W) for W in mean.values()) + " |"
-                           for kind, mean in means.items()]
+    head = ["question", *(f"layer {l} <- {', '.join(map(str, levels[l]))}" for l in layers)]
+    return means, markdown(head, [[kind, *(" ".join(f"{w:.2f}" for w in W) for W in mean.values())]
+                                  for kind, mean in means.items()])
 
 
 def evaluate(source, blind_source, data, readme=None, device="auto", limit=0):
@@ -682,13 +698,7 @@ def evaluate(source, blind_source, data, readme=None, device="auto", limit=0):
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     cli.write_whole(Path(source) / "answers.jsonl", lambda path: write(path, text))
     if readme:
-        page = Path(readme).read_text(encoding="utf-8")
-        for name, table in tables.items():
-            mark, new = f"<!-- nano {name} -->", "\n".join(table) + "\n"
-            page, found = re.subn(rf"(?s)({mark}\n).*?(<!-- end -->)", lambda m, new=new: m[1] + new + m[2], page)
-            if not found:
-                raise InputError(f"{readme} has no lines {mark} and <!-- end --> to put the table between")
-        cli.write_whole(Path(readme), lambda path: write(path, page))
+        put_between_marks(readme, {f"nano {name}": table for name, table in tables.items()})
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ Needs matplotlib once there are runs.
 """
 
 import argparse
-import re
 import sys
 from pathlib import Path
 
@@ -15,8 +14,8 @@ import numpy as np
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
 import cli  # noqa: E402
-from cli import InputError  # noqa: E402
 from experiments.fusion import INTERVENED, REACH, SEEDS, SWEEPS, VARIANTS, best_rate, load_results, unpack  # noqa: E402
+from train import markdown, put_between_marks  # noqa: E402
 
 NEEDS = {  # what a question takes: its kinds; probe.json says which levels show a background, an artist, a name
     "the background": ("background", "background_at"),
@@ -92,11 +91,6 @@ def percent(found, sign=False):
         return ""
     mean, low, high = (100 * x for x in found)
     return f"{mean:{'+' if sign else ''}.1f} [{low:.1f}, {high:.1f}]"
-
-
-def markdown(head, rows):
-    lines = ["| " + " | ".join(map(str, row)) + " |" for row in [head, *rows]]
-    return [lines[0], "|---" * len(head) + "|", *lines[1:]] if rows else []
 
 
 def main_table(answers, regime):
@@ -284,7 +278,7 @@ def report(args):
 
     caption, main = "Accuracy of every variant, and learning curves", main_table(answers, "tuned")
     said = [sentences(answers)] if main else []
-    put_between_marks(args.readme, [*shown(main), *pictures(args.readme, main=caption), *said])
+    put_between_marks(args.readme, {"fusion": [*shown(main), *pictures(args.readme, main=caption), *said]})
     probes = probe_table(cli.read_json(args.results / "probe.json", {}))
     lines = ["### What the levels of the encoder hold", "", *shown(probes)]
     for regime, title in (("tuned", "From a pre-trained one-to-one model"), ("scratch", "From scratch")):
@@ -302,17 +296,9 @@ def report(args):
     for v in INTERVENED:
         lines += pictures(args.page, **{f"gates_{v}": f"{VARIANTS[v][0]}: mean W per kind of question",
                                         f"interventions_{v}": f"{VARIANTS[v][0]}: other weights at inference"})
-    put_between_marks(args.page, [*lines, "### Where the paper is silent", "", *shown(sweeps_table(answers))])
+    lines += ["### Where the paper is silent", "", *shown(sweeps_table(answers))]
+    put_between_marks(args.page, {"fusion": lines})
     print(f"{len(results)} runs -> {args.readme}, {args.page}")
-
-
-def put_between_marks(page, lines):
-    new = "\n".join(lines).rstrip() + "\n"
-    whole, found = re.subn(r"(?s)(<!-- fusion -->\n).*?(<!-- end -->)", lambda m: m[1] + new + m[2],
-                           page.read_text(encoding="utf-8"))  # fmt: skip
-    if not found:
-        raise InputError(f"{page} has no lines <!-- fusion --> and <!-- end --> to put the tables between")
-    cli.write_whole(page, lambda path: path.write_text(whole, encoding="utf-8"))
 
 
 def main():

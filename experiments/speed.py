@@ -48,7 +48,7 @@ sys.path.insert(0, str(HERE))
 import cli  # noqa: E402
 from cli import CLI, IMAGE_TOKEN, InputError, KVCache, Picture, Stream  # noqa: E402
 from experiments.random_checkpoint import SIZES, write_checkpoint  # noqa: E402
-from train import commit  # noqa: E402
+from train import commit, put_between_marks  # noqa: E402
 
 TEXT = list(range(10, 40))  # the prompt's ids, half before the picture and half behind it
 LONG = 7000  # cached tokens of the long decode; the batches' longest sequence is BATCHED
@@ -446,12 +446,7 @@ def main():
     lines = table(m, head, device)
     print("\n".join(lines))
     if args.readme:
-        mark = f"<!-- speed {device.type} -->"
-        page, found = re.subn(rf"(?s)({mark}\n).*?(<!-- end -->)", lambda m: m[1] + "\n".join(lines) + "\n" + m[2],
-                              Path(args.readme).read_text(encoding="utf-8"))
-        if not found:
-            raise InputError(f"{args.readme} has no lines {mark} and <!-- end --> to put the table between")
-        cli.write_whole(Path(args.readme), lambda path: path.write_text(page, encoding="utf-8"))
+        put_between_marks(args.readme, {f"speed {device.type}": lines})
 
 
 if __name__ == "__main__":
