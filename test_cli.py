@@ -2518,6 +2518,23 @@ def test_muon_moves_the_blocks_matrices_orthogonally(emoji, muon):
     assert (some[some > 0] > 0.9e-3).float().mean() > 0.9  # AdamW's first step is the learning rate, up or down
 
 
+@pytest.mark.parametrize("shape", [(24, 24), (40, 16), (16, 40)])
+@pytest.mark.parametrize("dtype, close", [(torch.bfloat16, 0.0), (torch.float32, 0.05)])
+def test_muon_steps_as_pytorchs(shape, dtype, close):
+    """Three steps of train.Muon are torch.optim.Muon's: in bfloat16 bit by bit, in float32 up to its rounding."""
+    torch.manual_seed(0)
+    ours = torch.nn.Parameter(torch.randn(shape))
+    theirs = torch.nn.Parameter(ours.detach().clone())
+    group = {"lr": 0.1, "weight_decay": 0.5}
+    optimizers = [train.Muon([{"params": [ours], **group}], dtype), torch.optim.Muon([{"params": [theirs], **group}])]
+    for _ in range(3):
+        ours.grad = torch.randn(shape)
+        theirs.grad = ours.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert (ours - theirs).abs().max() <= close * ours.abs().max()
+
+
 @pytest.mark.parametrize("start, moves", [(1.0, False), (0.0, True)])
 def test_gates_wait(emoji, tmp_path, start, moves):
     """Up to gate_start the gates stay as they are and everything else learns."""

@@ -324,10 +324,49 @@ def shard(model, cfg, device):
     model.set_reduce_scatter_unused_params(True)
 
 
+class Muon(torch.optim.Optimizer):
+    """Orthogonal steps for matrices (https://kellerjordan.github.io/posts/muon): of the momentum's singular value
+    decomposition U S V^T only U V^T is kept, nearly, by five Newton-Schulz steps x <- a x + (b x x^T + c (x x^T)^2) x.
+
+    torch.optim.Muon does the same, but always in bfloat16, on a CPU that does not compute in it many times slower than
+    all the rest of training. dtype: that of the Newton-Schulz steps, float32 or bfloat16.
+    """
+
+    def __init__(self, groups, dtype, momentum=0.95):
+        super().__init__(groups, {})
+        self.dtype, self.momentum = dtype, momentum
+
+    @torch.no_grad()
+    def step(self, closure=None):  # checkpoints call it with that name
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    mean = self.state[p].setdefault("mean", torch.zeros_like(p)).lerp_(p.grad, 1 - self.momentum)
+                    update = self.orthogonal(p.grad.lerp(mean, self.momentum))  # Nesterov's look ahead
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(update, alpha=-group["lr"] * max(1, p.size(0) / p.size(1)) ** 0.5)
+
+    def orthogonal(self, update):
+        a, b, c = 3.4445, -4.7750, 2.0315
+        x = update.to(self.dtype)
+        x = x.T if x.size(0) > x.size(1) else x
+        x = x / x.norm().clamp(min=1e-7)
+        for _ in range(5):
+            gram = x @ x.T
+            x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        return (x.T if update.size(0) > update.size(1) else x).to(update.dtype)
+
+
+def training_dtype(name, device):
+    """As cli.pick_dtype, but never float16, in which small gradients would be lost."""
+    dtype, why = cli.pick_dtype(name, device)
+    return (dtype, why) if dtype != torch.float16 else (torch.float32, "in float16 small gradients would be lost")
+
+
 def make_optimizers(model, cfg):
     """-> [AdamW, and with cfg.muon Muon too]. A learning rate per part; a part whose rate is 0 is frozen. Decay on
-    matrices only. Muon (https://kellerjordan.github.io/posts/muon) takes orthogonal steps with the matrices of the
-    blocks: a small encoder that starts from nothing learns much faster with it."""
+    matrices only. Muon takes the matrices of the blocks: a small encoder that starts from nothing learns much faster
+    with it."""
     groups, matrices = {}, {}
     for name, p in model.named_parameters():
         rate, gate = getattr(cfg, part_of_parameter(name)), name.startswith("agf.")
@@ -343,8 +382,9 @@ def make_optimizers(model, cfg):
         return [{"params": ps, "lr": rate, "peak": rate, "weight_decay": decay, "start": cfg.gate_start * gate}
                 for (rate, decay, gate), ps in groups.items()]
 
+    dtype, _ = training_dtype(cfg.dtype, model.device)
     return [torch.optim.AdamW(described(groups), betas=(0.9, cfg.beta2)),
-            *([torch.optim.Muon(described(matrices))] if matrices else [])]
+            *([Muon(described(matrices), dtype)] if matrices else [])]
 
 
 def schedule(step, steps, warmup):
@@ -474,9 +514,7 @@ def train(cfg):
     device, why = cli.pick_device(cfg.device)
     if dist.is_initialized() and device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    dtype, why_dtype = cli.pick_dtype(cfg.dtype, device)
-    if dtype == torch.float16:
-        dtype, why_dtype = torch.float32, "in float16 small gradients would be lost"
+    dtype, why_dtype = training_dtype(cfg.dtype, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
     torch.manual_seed(cfg.seed)

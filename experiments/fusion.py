@@ -192,7 +192,7 @@ class Levels(torch.nn.Module):
 
 def precision(args):
     device, _ = cli.pick_device(args.device)
-    dtype, _ = cli.pick_dtype(args.dtype, device)
+    dtype, _ = train.training_dtype(args.dtype, device)
     return device, torch.autocast(device.type, torch.bfloat16, enabled=dtype != torch.float32)
 
 
