@@ -9,14 +9,15 @@ and at the prompt (AGF). Everything else is LLaVA-OneVision.
     eq. 1    V = ImageEncoder(I)                                   VisionEncoder
     eq. 2    V_hat = MLP(V)                                        CLI.projector
     eq. 3    next token from LLM([V_hat; T])                       Decoder, CLI.forward
-    eq. 4-5  V_hat_k = MLP(V_k) + B_k A_k V_k                      AMP.forward
+    eq. 4-5  V_hat_k = MLP(V_k) + alpha/r B_k A_k V_k              AMP.forward
     eq. 6-7  v_att, h_att = one learned query reads V_hat_k, h     read
     eq. 8    W = sigmoid(Gate([v_att; h_att]))                     AGF.forward
     eq. 9    h' = h (1 - mask) + (h mask + W V_hat_k)              CLI.inject
 
-Legend: T tokens of the stream, N visual tokens, B sequences, P patches of a crop, n crops, S crop side in pixels, D and
-Dv widths of decoder and vision encoder, H heads, K key/value heads, hd head size, l decoder layer (from 0), k vision
-level (0 = patch embeddings, i = after block i). Sequences lie end to end in one flat stream (T, D) without padding.
+Legend: T tokens of the stream, N visual tokens, B sequences, M tokens of the longest, P patches of a crop, n crops, S
+crop side in pixels, D and Dv widths of decoder and vision encoder, C any width, V words, r rank of an adapter, H heads,
+K key/value heads, hd head size, l decoder layer (from 0), k vision level (0 = patch embeddings, i = after block i).
+Sequences lie end to end in one flat stream (T, D) without padding.
 
     model = CLI.from_pretrained("assets/nano")                     # a folder or a hub id
     prompt, _ = encode_chat(model.tokenizer, model.config.template, [("user", user_content("What is this?", 1))])
@@ -29,7 +30,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import re
 import sys
 from collections import Counter
@@ -42,7 +42,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 
@@ -167,6 +166,10 @@ class Config:
         for l, ks in self.fusion.routes:
             if not 0 <= l < depth or not all(0 <= k <= levels for k in ks):
                 raise InputError(f"route {l} <- {list(ks)}: decoder layers are 0..{depth - 1}, levels 0..{levels}")
+        if len(dict(self.fusion.routes)) < len(self.fusion.routes):
+            raise InputError(f"routes {list(self.fusion.routes)}: a decoder layer stands in two of them")
+        if self.fusion.agf_heads and self.decoder.hidden_size % self.fusion.agf_heads:
+            raise InputError(f"agf_heads {self.fusion.agf_heads} does not divide the width {self.decoder.hidden_size}")
 
     @property
     def max_tiles(self):
@@ -252,7 +255,8 @@ def rotate(x, cos, sin):  # (T, H, hd) -> (T, H, hd); "rotate half": channel i t
 def attention(q, k, v, causal=False):
     """softmax(q k^T / sqrt(hd)) v: q (B, H, T, hd), k and v (B, K, T, hd) -> (B, H, T, hd)."""
     T = q.shape[2]
-    if q.device.type != "cpu" or (T > 1024 if torch.is_grad_enabled() else q.dtype != torch.bfloat16):
+    blocks_pay = T <= 1024 if torch.is_grad_enabled() else q.dtype == torch.bfloat16
+    if q.device.type != "cpu" or not blocks_pay:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
     # On a CPU spelled out, 128 queries at a time, whose scores stay in the processor's cache: of the fused kernel the
     # forward pass in bfloat16 takes twice as long, the backward pass in float32 up to seven times.
@@ -267,21 +271,27 @@ def attention(q, k, v, causal=False):
     return torch.cat(blocks, 3).flatten(1, 2)
 
 
+def by_sequence(x, seqlens):
+    """A flat stream (T, ...) -> (B, M, ...): each sequence in a row of its own, zeros behind it."""
+    if len(seqlens) == 1:
+        return x[None]
+    valid = torch.arange(max(seqlens), device=x.device) < torch.tensor(seqlens, device=x.device)[:, None]
+    out = x.new_zeros(*valid.shape, *x.shape[1:])
+    out[valid] = x
+    return out
+
+
 def attend(q, k, v, seqlens):
     """Causal attention, every sequence of the flat stream alone: q (T, H, hd), k and v (T, K, hd) -> (T, H, hd)."""
-    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and (flash_attn_varlen_func or varlen_attn):
+    flash = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and torch.cuda.get_device_capability()[0] >= 8
+    if flash and (flash_attn_varlen_func or varlen_attn):
         ends = F.pad(torch.tensor(seqlens, device=q.device).cumsum(0, dtype=torch.int32), (1, 0))
         if flash_attn_varlen_func:
             return flash_attn_varlen_func(q, k, v, ends, ends, max(seqlens), max(seqlens), causal=True)
         return varlen_attn(q, k, v, ends, ends, max(seqlens), max(seqlens), window_size=(-1, 0), enable_gqa=True)
-    valid = torch.arange(max(seqlens), device=q.device) < torch.tensor(seqlens, device=q.device)[:, None]
-
-    def padded(x):  # (T, H, hd) -> (B, H, longest, hd); causal attention keeps the padding behind from every query
-        out = x.new_zeros(*valid.shape, *x.shape[1:])
-        out[valid] = x
-        return out.transpose(1, 2)
-
-    return attention(padded(q), padded(k), padded(v), causal=True).transpose(1, 2)[valid]
+    q, k, v = (by_sequence(x, seqlens).transpose(1, 2) for x in (q, k, v))  # the padding is behind: no query sees it
+    out = attention(q, k, v, causal=True).transpose(1, 2)
+    return torch.cat([x[:n] for x, n in zip(out, seqlens)])
 
 
 class KVCache:
@@ -413,8 +423,8 @@ class Picture:
 def kept_area(size, grid, side, max_tiles):
     """LLaVA-OneVision's unpadding and reduction -> (top, bottom, left, right) of the tokens kept, (h, w) in the end.
 
-    The tiles' tokens form a map of gh*side x gw*side; rows or columns that only hold padding are cut. Of more than
-    max_tiles crops' worth of tokens the rest is shrunk. int() and float floor division as in the original code.
+    The tiles' tokens form a map of gh*side x gw*side; rows or columns that only hold padding are cut. What is left, if
+    more than 1.21 * max_tiles crops' worth, is shrunk to max_tiles. int() and float floor division as in the original.
     """
     (W, H), (gw, gh) = size, grid
     width, height = gw * side, gh * side
@@ -438,7 +448,7 @@ def visual_tokens(picture, config):
     return config.vision.side**2 + h * (w + 1)
 
 
-def pack(x, newline, picture, config):
+def pack_picture(x, newline, picture, config):
     """One picture's crop tokens x (n, P, C) and a newline vector (C,) -> its visual tokens (N, C): the whole picture,
     then the tiles as one map without its padding, shrunk bilinearly if need be, a newline behind every row."""
     side, C = config.vision.side, x.shape[-1]
@@ -463,7 +473,7 @@ class Stream:
     """
 
     def __init__(self, tokens, pictures, seqlens, context, config):
-        self.pictures, self.config, device = pictures, config, tokens.device
+        self.pictures, self.config = pictures, config
         slots = tokens == IMAGE_TOKEN
         if int(slots.sum()) != len(pictures):
             raise InputError(f"{len(pictures)} pictures for {int(slots.sum())} image placeholders in the prompt")
@@ -471,18 +481,12 @@ class Stream:
         self.repeats[slots] = tokens.new_tensor([visual_tokens(p, config) for p in pictures])
         self.ids = self.expand(tokens)
         self.visual = self.ids == IMAGE_TOKEN
-        self.seqlens = [int(r.sum()) for r in self.repeats.split(seqlens)]
+        self.where = self.visual.nonzero()[:, 0]
+        self.lens = torch.stack([r.sum() for r in self.repeats.split(seqlens)])
+        self.seqlens, self.ends = self.lens.tolist(), self.lens.cumsum(0)
         self.context = self.visual if config.fusion.agf_context == "visual" else torch.ones_like(self.visual)
         if config.fusion.agf_context == "prompt" and context is not None:
             self.context = self.expand(context)
-        if not pictures:
-            return
-        self.where = self.visual.nonzero()[:, 0]
-        # (B, M) positions of each sequence's tokens, for pooling; the surplus is masked
-        lens = torch.tensor(self.seqlens, device=device)
-        at = torch.arange(max(self.seqlens), device=device)
-        self.valid = at < lens[:, None]
-        self.grid = ((lens.cumsum(0) - lens)[:, None] + at) * self.valid
 
     def expand(self, x):
         """A value per token of the prompt (T_prompt, ...) -> per position of the stream (T, ...)."""
@@ -491,14 +495,8 @@ class Stream:
     def pack(self, x, newline):
         """All pictures' crop tokens x (n, P, C) and a newline vector (C,) -> (T, C), zero at text positions."""
         parts = zip(x.split([len(p.crops) for p in self.pictures]), self.pictures)
-        packed = torch.cat([pack(part, newline.to(x.dtype), picture, self.config) for part, picture in parts])
+        packed = torch.cat([pack_picture(part, newline.to(x.dtype), picture, self.config) for part, picture in parts])
         return x.new_zeros(len(self.ids), x.shape[-1]).index_copy(0, self.where, packed)
-
-    def by_sequence(self, x, mask):
-        """x (T, C), mask bool[T] -> (B, M, C) and its mask (B, M)."""
-        if len(self.seqlens) == 1:
-            return x[None], mask[None]
-        return F.embedding(self.grid, x), mask[self.grid] & self.valid
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -518,31 +516,21 @@ class AMP(nn.ModuleDict):
         def lora():
             return linears(A=(Dv, cfg.lora_rank, False), B=(cfg.lora_rank, D, False))
 
-        if cfg.projector == "full":
-            self.update({str(k): make_projector(Dv, D) for k in cfg.levels})
-        elif cfg.projector == "lora" and cfg.lora_per == "level":
-            self.update({str(k): lora() for k in cfg.levels})
-        elif cfg.projector == "lora":
+        if cfg.projector == "lora" and cfg.lora_per == "pair":
             self.update({str(l): nn.ModuleList(lora() for _ in ks) for l, ks in cfg.routes})
+        elif cfg.projector != "shared":
+            self.update({str(k): lora() if cfg.projector == "lora" else make_projector(Dv, D) for k in cfg.levels})
 
-    def forward(self, taps, projector, stream, newline):
-        """taps {k: (n, P, Dv)} -> function (l, j, k) -> V_hat_k (T, D) for the j-th level, k, of decoder layer l.
+    def forward(self, taps, projected, stream, l, j, k):
+        """V_hat_k (T, D) for the j-th level, k, of decoder layer l: taps[k] is V_k, projected[k] is pack(MLP(V_k)).
 
         Packing is linear and goes before B: pack(B A V) = B pack(A V), with r channels instead of D.
         """
-        cfg = self.cfg
-        shared = {}  # pack(MLP(V_k)), once per level however many layers take it
-
-        def v_hat(l, j, k):
-            if k not in shared:
-                shared[k] = stream.pack((self[str(k)] if cfg.projector == "full" else projector)(taps[k]), newline)
-            if cfg.projector != "lora":
-                return shared[k]
-            lora = self[str(l)][j] if cfg.lora_per == "pair" else self[str(k)]
-            low = stream.pack(lora.A(taps[k]), newline.new_zeros(cfg.lora_rank))
-            return shared[k] + cfg.lora_alpha / cfg.lora_rank * lora.B(low)
-
-        return v_hat
+        if self.cfg.projector != "lora":
+            return projected[k]
+        lora = self[str(l)][j] if self.cfg.lora_per == "pair" else self[str(k)]
+        low = stream.pack(lora.A(taps[k]), taps[k].new_zeros(self.cfg.lora_rank))
+        return projected[k] + self.cfg.lora_alpha / self.cfg.lora_rank * lora.B(low)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -582,8 +570,9 @@ class AGF(nn.Module):
         """v_hat, h (T, D) -> W float[B, 1] in [0, 1], one per sequence, or float[B, D] with gate="vector"."""
         if self.cfg.agf_norm:
             v_hat, h = (F.rms_norm(x, x.shape[-1:], eps=1e-6) for x in (v_hat, h))
-        v_att = read(self.attn, self.query_v, *stream.by_sequence(v_hat, stream.visual))  # eq. 6
-        h_att = read(self.attn_h or self.attn, self.query_h, *stream.by_sequence(h, stream.context))  # eq. 7
+        v_hat, visual, h, context = (by_sequence(x, stream.seqlens) for x in (v_hat, stream.visual, h, stream.context))
+        v_att = read(self.attn, self.query_v, v_hat, visual)  # eq. 6
+        h_att = read(self.attn_h or self.attn, self.query_h, h, context)  # eq. 7
         return torch.sigmoid(self.gate(torch.cat([v_att, h_att], dim=-1)))  # eq. 8
 
 
@@ -645,7 +634,7 @@ class Decoder(nn.Module):
 
 class CLI(nn.Module):
     """Vision encoder, projector, AMP, AGF and decoder. Attributes: config, tokenizer (or None), gates of the last
-    generate(): {l: float[B, K]}, W per decoder layer, sequence and level of the route (the paper's Figure 1b)."""
+    generate(): {l: float[B, levels]}, W per decoder layer, sequence and level of the route (the paper's Figure 1b)."""
 
     def __init__(self, config):
         super().__init__()
@@ -658,9 +647,7 @@ class CLI(nn.Module):
         self.amp = AMP(f, v.hidden_size if v else 0, D)
         self.agf = nn.ModuleDict({str(l): AGF(f, D, d.num_attention_heads) for l, _ in f.routes if f.gate != "none"})
         self.decoder = Decoder(d)
-        self.lm_head = nn.Linear(D, d.vocab_size, bias=False)
-        if d.tie_word_embeddings:
-            self.lm_head.weight = self.decoder.embed_tokens.weight
+        self.lm_head = None if d.tie_word_embeddings else nn.Linear(D, d.vocab_size, bias=False)
 
     @property
     def device(self):
@@ -673,28 +660,31 @@ class CLI(nn.Module):
     def see(self, pictures, stream):
         """Prepared pictures -> base visual tokens (T, D) at the stream's visual positions, and AMP's v_hat."""
         pixels = torch.cat([p.crops for p in pictures]).to(self.device, self.dtype)
-        final = self.config.vision.num_hidden_layers
-        levels = {final, *self.config.fusion.levels}
+        final, fusion = self.config.vision.num_hidden_layers, self.config.fusion
+        levels = {final, *fusion.levels}
         # Without gradients a few crops at a time keep the activations small; the levels asked for are all that stays.
         parts = [self.vision(x, levels) for x in pixels.split(len(pixels) if torch.is_grad_enabled() else 8)]
         taps = {k: torch.cat([part.pop(k) for part in parts]) for k in levels}
         newline = self.image_newline if self.config.newline else pixels.new_zeros(self.config.decoder.hidden_size)
-        base = stream.pack(self.projector(taps[final]), newline)
-        if self.config.fusion.level_norm:
+        if fusion.level_norm:
             rms = {k: x.float().pow(2).mean((1, 2), keepdim=True).sqrt() for k, x in taps.items()}
             taps = {k: x * (rms[final] / rms[k]).to(x.dtype) for k, x in taps.items()}
-        return base, self.amp(taps, self.projector, stream, newline)
+        base = stream.pack(self.projector(taps[final]), newline)
+        full = fusion.projector == "full"
+        projected = {} if full else {final: base}  # pack(MLP(V_k)), once per level however many layers take it
+        for k in sorted({*fusion.levels} - {*projected}):
+            projected[k] = stream.pack((self.amp[str(k)] if full else self.projector)(taps[k]), newline)
+        return base, functools.partial(self.amp, taps, projected, stream)
 
     def inject(self, l, levels, v_hat, stream, gates, h):
         """Let the levels of decoder layer l's route into h (T, D), in turn; their weights W go to gates[l]."""
         before, weights = h, []
-        lens = torch.tensor(stream.seqlens, device=h.device)
         for j, k in enumerate(levels):
             v = v_hat(l, j, k)
             W = h.new_ones(len(stream.seqlens), 1)
             if str(l) in self.agf:
                 W = self.agf[str(l)](v, h if self.config.fusion.agf_order == "sequential" else before, stream)
-            h = h + W.repeat_interleave(lens, 0) * v  # eq. 9: v is zero at text positions
+            h = h + W.repeat_interleave(stream.lens, 0) * v  # eq. 9: v is zero at text positions
             weights.append(W.detach().float().mean(-1))
         gates[l] = torch.stack(weights, -1)  # (B, levels)
         return h
@@ -706,7 +696,7 @@ class CLI(nn.Module):
         in tokens (None: one); context: bool[T], what the gates may read (None: everything; with labels: what comes
         before the first supervised token); cache: KVCache that the sequences continue; select: None for all positions,
         "last" of every sequence; labels: int64[T], the id each token should be, IGNORE where unsupervised.
-        Returns (logits float[T_selected, V], gates {l: float[B, K]}), or with labels
+        Returns (logits float[T_selected, V], gates {l: float[B, levels]}), or with labels
         (sum of cross-entropies, number of supervised tokens, gates).
         """
         seqlens = seqlens or [len(tokens)]
@@ -728,19 +718,22 @@ class CLI(nn.Module):
         if labels is not None:
             return *self.cross_entropy(h, stream, labels), gates
         if select == "last":
-            h = h[torch.tensor(stream.seqlens, device=h.device).cumsum(0) - 1]
-        return self.lm_head(h), gates
+            h = h[stream.ends - 1]
+        return self.head(h), gates
+
+    def head(self, h):
+        """Hidden states (T, D) -> logits (T, V); a tied head is the embedding matrix itself."""
+        return F.linear(h, (self.lm_head or self.decoder.embed_tokens).weight)
 
     def cross_entropy(self, h, stream, labels):
         """Sum over supervised tokens of -log p(token | everything before it in its sequence), and their number."""
         targets = stream.expand(labels).masked_fill(stream.visual, IGNORE)
-        starts = torch.tensor(stream.seqlens[:-1], device=h.device, dtype=torch.long).cumsum(0)
-        targets[starts] = IGNORE  # nothing before them to be predicted from
+        targets[stream.ends - stream.lens] = IGNORE  # the first of a sequence: nothing before it to be predicted from
         where = (targets[1:] != IGNORE).nonzero()[:, 0]  # h[i] predicts token i + 1
         loss = h.new_zeros((), dtype=torch.float32)
 
         def piece(h, targets):
-            return F.cross_entropy(self.lm_head(h).float(), targets, reduction="sum")
+            return F.cross_entropy(self.head(h).float(), targets, reduction="sum")
 
         for i in where.split(1024):  # logits of 1,024 positions at a time: with 152k words they are the memory peak
             loss = loss + maybe_checkpoint(len(where) > 1024, piece, h[i], targets[i + 1])
@@ -771,8 +764,6 @@ class CLI(nn.Module):
         for n, (prompt, own) in enumerate(zip(prompts, images), 1):
             if (places := sum(int(i) == IMAGE_TOKEN for i in prompt)) != len(own):
                 raise InputError(f"prompt {n}: {len(own)} pictures for {places} image placeholders")
-        if max_new_tokens < 1:
-            return
         room = max_new_tokens + max(n + sum(visual_tokens(p, self.config) for p in ps)
                                     for n, ps in zip(seqlens, images))
         cache = cache or KVCache(self.config.decoder, len(prompts), 0, self.device, self.dtype)
@@ -784,24 +775,24 @@ class CLI(nn.Module):
         done = [False] * len(prompts)
         seen = torch.zeros(logits.shape, dtype=torch.bool, device=self.device)  # ids generated so far
         for step in range(max_new_tokens):
-            ids = choose(logits.float(), seen if penalty != 1 else None, penalty, temperature, top_k, top_p, generator)
+            ids = choose(logits.float(), seen, penalty, temperature, top_k, top_p, generator)
             seen.scatter_(1, ids[:, None], True)
             out = ids.tolist()
             done = [d or i in self.config.eos_token_ids for d, i in zip(done, out)]
             if all(done):
                 return
             yield [None if d else i for d, i in zip(done, out)]
-            if step + 1 < max_new_tokens and max(cache.lengths) < self.config.decoder.max_position_embeddings:
-                logits, _ = self(ids, seqlens=[1] * len(prompts), cache=cache, select="last")
-            else:
+            if step + 1 == max_new_tokens or max(cache.lengths) == self.config.decoder.max_position_embeddings:
                 return
+            logits, _ = self(ids, seqlens=[1] * len(prompts), cache=cache, select="last")
 
     # ------------------------------------------------------------------------------------------------ weights
 
     @torch.no_grad()
     def init_weights(self, prefixes=("",), seed=0):
-        """Fresh values for the parameters under the given prefixes: N(0, 0.02), norms 1, biases 0; AMP's B zero, its
-        full MLPs copies of the projector; AGF's gate at its configured bias. Run on any device, same values."""
+        """Fresh values for the parameters under the given prefixes: N(0, 0.02), standard deviation 1 / sqrt(width) for
+        newline vector, AGF's attention and AMP's A, as LLaVA and PyTorch start such; norms 1, biases 0; AMP's B zero,
+        its full MLPs copies of the projector; AGF's gate at its configured bias. On any device the same values."""
         generator = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
             if not name.startswith(tuple(prefixes)):
@@ -872,9 +863,7 @@ class CLI(nn.Module):
         for name, p in model.named_parameters():
             parts = [t.to(device, dtype) for t in stored.get(name, [torch.empty(p.shape)])]
             state[name] = (parts[0] if len(parts) == 1 else torch.cat(parts)).view(p.shape)
-        model.load_state_dict(state, strict=False, assign=True)  # no copy; a tied head is not in it
-        if config.decoder.tie_word_embeddings:
-            model.lm_head.weight = model.decoder.embed_tokens.weight
+        model.load_state_dict(state, assign=True)  # no copy
         model.init_weights(fresh)
         model.tokenizer = Tokenizer.from_folder(folder)
         return model
@@ -886,8 +875,6 @@ class CLI(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         state = {k: v.to(dtype or v.dtype).contiguous() for k, v in (weights or self.state_dict()).items()}
-        if self.config.decoder.tie_word_embeddings:
-            del state["lm_head.weight"]
         write_whole(folder / "model.safetensors", lambda path: save_file(state, path, metadata={"format": "pt"}))
         config = json.dumps(self.config.to_dict(), indent=1) + "\n"
         write_whole(folder / "config.json", lambda path: path.write_text(config, encoding="utf-8"))
@@ -978,10 +965,7 @@ def read_layout(raw, shapes, tower=None, key_map=None, generation=None):
         layer_norm_eps=v.get("layer_norm_eps", 1e-5 if clip else 1e-6),
         **({"image_mean": CLIP_MEAN, "image_std": CLIP_STD} if clip else {}))
     pinpoints = raw.get("image_grid_pinpoints") or ()
-    if isinstance(pinpoints, str):  # "(1x1),...,(6x6)", in crops
-        (w0, h0), *_, (w1, h1) = ((int(w), int(h)) for w, h in re.findall(r"(\d+)x(\d+)", pinpoints))
-        pinpoints = [(w * size, h * size) for w in range(w0, w1 + 1) for h in range(h0, h1 + 1)]
-    elif "text_config" in raw:  # transformers keeps (height, width)
+    if "text_config" in raw:  # transformers keeps (height, width)
         pinpoints = [(w, h) for h, w in pinpoints]
     newline = "image_newline" in ours or "projector.0.weight" not in ours and not clip
     aspect = raw.get("image_aspect_ratio") or raw.get("vision_aspect_ratio") or ("anyres_max_9" if newline else "pad")
@@ -1148,7 +1132,7 @@ def read_weights(folder):
         try:
             tensors |= (load_file(path) if path.suffix == ".safetensors"
                         else torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-        except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as e:
+        except Exception as e:  # safetensors, pickle and zip each have errors of their own
             raise InputError(f"{path}: missing, damaged or not a weights file: {str(e).splitlines()[0]}") from e
     return tensors
 
@@ -1197,14 +1181,14 @@ def choose_grid(size, pinpoints):
     """anyres: the canvas (w, h) of the list that keeps most of a picture (W, H), then wastes least (float64, truncated,
     in this very order of operations: the original's rounding decides borderline sizes)."""
     W, H = size
-    best, best_kept, best_waste = pinpoints[0], 0, math.inf
-    for w, h in pinpoints:
+
+    def merit(canvas):
+        w, h = canvas
         s = min(w / W, h / H)
         kept = min(int(W * s) * int(H * s), W * H)
-        waste = w * h - kept
-        if kept > best_kept or kept == best_kept and waste < best_waste:
-            best, best_kept, best_waste = (w, h), kept, waste
-    return best if best_kept else min(pinpoints, key=lambda p: p[0] * p[1])
+        return kept, kept - w * h
+
+    return max(pinpoints, key=merit)  # of equals the first
 
 
 def normalise(image, cfg):
@@ -1359,7 +1343,7 @@ def pick_dtype(name, device):
     """"auto" -> bfloat16 where the device computes in it, else float32, and the reason."""
     if name != "auto":
         return DTYPES[name], "as asked"
-    if device.type == "cuda" and torch.cuda.is_bf16_supported():
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16, "this GPU computes in bfloat16"
     if device.type == "mps":
         return torch.float16, "the usual choice on Apple GPUs"

@@ -431,8 +431,9 @@ def backward(model, batches, total, autocast, objective="answers"):
         (loss / total).backward()
         loss_sum += loss.item()
         fed += len(batch["tokens"]) + sum(cli.visual_tokens(p, model.config) - 1 for p in batch["pictures"])
-        for l, w in new.items():
-            gates.setdefault(l, []).append(w.mean().item())
+        seen = torch.stack([(t == cli.IMAGE_TOKEN).any() for t in batch["tokens"].split(batch["seqlens"])])
+        for l, w in new.items():  # W of a row without a picture says nothing
+            gates.setdefault(l, []).append(w[seen].mean().item())
     return loss_sum, {l: round(sum(w) / len(w), 4) for l, w in gates.items()}, fed
 
 

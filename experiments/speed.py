@@ -127,12 +127,13 @@ def work(model, lengths=(), tokens=0, crops=0):
 
     d, v = model.config.decoder, model.config.vision
     keys = 2 * d.num_hidden_layers * d.num_key_value_heads * d.head_dim
-    read = (size(model.decoder.layers) + size(model.lm_head) + keys * sum(lengths)) * model.dtype.itemsize
+    head = size(model.lm_head or model.decoder.embed_tokens)
+    read = (size(model.decoder.layers) + head + keys * sum(lengths)) * model.dtype.itemsize
     P = v.side**2
     vision = crops * P * (2 * size(model.vision.layers) + 4 * P * v.hidden_size * v.num_hidden_layers)
     vision += 2 * crops * P * (size(model.vision.patch_embedding) + size(model.projector))
     attention = 2 * tokens**2 * d.num_attention_heads * d.head_dim * d.num_hidden_layers  # causal: half of the square
-    return read, vision + 2 * tokens * size(model.decoder.layers) + attention + 2 * size(model.lm_head), vision
+    return read, vision + 2 * tokens * size(model.decoder.layers) + attention + 2 * head, vision
 
 
 def measure_limits(args, device, dtype):
