@@ -859,7 +859,8 @@ class CLI(nn.Module):
             stored.setdefault(ours.split("[")[0], []).append(tensors[name])
         if isinstance(dtype, str) and dtype not in DTYPES:
             raise InputError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
-        dtype, state = DTYPES.get(dtype, dtype) or stored["decoder.embed_tokens.weight"][0].dtype, {}
+        dtype = DTYPES.get(dtype, dtype) or stored["decoder.embed_tokens.weight"][0].dtype
+        state = {}
         for name, p in model.named_parameters():
             parts = [t.to(device, dtype) for t in stored.get(name, [torch.empty(p.shape)])]
             state[name] = (parts[0] if len(parts) == 1 else torch.cat(parts)).view(p.shape)

@@ -322,8 +322,10 @@ def run_one(args, spec):
         torch.set_num_threads(1)
     torch.manual_seed(spec["seed"])
     result = pretrain(args, spec) if spec["regime"] == "pretrain" else tune(args, spec)
+    dtype, _ = train.training_dtype(args.dtype, device)
     facts = {"spec": spec, "commit": train.commit(), "torch": torch.__version__, "device": args.device_name,
-             "seconds": round(time.time() - began, 1), "gib": round(cli.peak_memory(device), 3)}
+             "dtype": str(dtype)[6:], "seconds": round(time.time() - began, 1),
+             "gib": round(cli.peak_memory(device), 3)}  # fmt: skip
     write_json(args.results / (spec["name"] + ".json"), {**facts, **result})
     return f"{spec['name']}: {facts['seconds'] / 60:.1f} min, loss {result['curve'][-1]['loss']:.3f}"
 
