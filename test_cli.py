@@ -2937,6 +2937,21 @@ def test_fusion_rate_is_chosen_by_the_first_seed_on_dev():
     assert study.best_rate(results, "scratch", "cli") is None
 
 
+def test_fusion_seed_keeps_its_encoder_and_dtype(tmp_path):
+    """Differences are taken within a seed: no run joins those made with another encoder or in another dtype."""
+    def spec(name, **fields):
+        return {"name": name, "regime": "tuned", "seed": 0, "encoder": "a", "dtype": "float32"} | fields
+
+    study.write_json(tmp_path / "one.json", {"spec": spec("one")})
+    args = argparse.Namespace(results=tmp_path, jobs=1)
+    study.execute(args, [spec("one")])  # finished: nothing to do
+    for fields in ({"encoder": "b"}, {"dtype": "bfloat16"}):
+        with pytest.raises(InputError, match="seed 0 was begun with another encoder or dtype, a in float32"):
+            study.execute(args, [spec("two", **fields)])
+        with pytest.raises(InputError, match=r"one\.json is of a run with other settings"):
+            study.execute(args, [spec("one", **fields)])
+
+
 def test_fusion_probe():
     """Classes that the features tell are told, whatever their scale, and nothing is told from noise; the share of the
     variance between classes is 1, then what a faint feature beside a loud one leaves."""

@@ -192,8 +192,7 @@ class Levels(torch.nn.Module):
 
 def precision(args):
     device, _ = cli.pick_device(args.device)
-    dtype, _ = train.training_dtype(args.dtype, device)
-    return device, torch.autocast(device.type, torch.bfloat16, enabled=dtype != torch.float32)
+    return device, torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
 
 def build(args, cfg, levels):
@@ -322,10 +321,8 @@ def run_one(args, spec):
         torch.set_num_threads(1)
     torch.manual_seed(spec["seed"])
     result = pretrain(args, spec) if spec["regime"] == "pretrain" else tune(args, spec)
-    dtype, _ = train.training_dtype(args.dtype, device)
     facts = {"spec": spec, "commit": train.commit(), "torch": torch.__version__, "device": args.device_name,
-             "dtype": str(dtype)[6:], "seconds": round(time.time() - began, 1),
-             "gib": round(cli.peak_memory(device), 3)}  # fmt: skip
+             "seconds": round(time.time() - began, 1), "gib": round(cli.peak_memory(device), 3)}
     write_json(args.results / (spec["name"] + ".json"), {**facts, **result})
     return f"{spec['name']}: {facts['seconds'] / 60:.1f} min, loss {result['curve'][-1]['loss']:.3f}"
 
@@ -410,7 +407,8 @@ def spec_of(args, regime, variant, seed, rate, steps, preset, fields, batch_rows
     return {"name": name if regime != "pretrain" else f"pretrain-{seed}", "regime": regime, "variant": variant,
             "seed": seed, "rate": rate, "steps": steps, "preset": preset, "fields": fields, "batch_rows": batch_rows,
             "rows": args.rows, "questions": args.questions, "pretrain_steps": args.pretrain_steps,
-            "encoder": file_hash(args.encoder / "model.safetensors"), "data": args.data_hash}  # fmt: skip
+            "encoder": file_hash(args.encoder / "model.safetensors"), "data": args.data_hash,
+            "dtype": args.dtype}  # fmt: skip
 
 
 def pretrain_specs(args, seeds):
@@ -428,7 +426,7 @@ def main_spec(args, plan, regime, variant, seed, rate):
 def sweep_specs(args, rate):
     return [spec_of(args, "tuned", f"{topic}={label}", seed, rate, args.steps, "cli", fields,
                     args.batch_rows)
-            for seed in range(3) for topic, (_, labels) in SWEEPS.items() for label, fields in labels.items()]
+            for seed in args.seeds[:3] for topic, (_, labels) in SWEEPS.items() for label, fields in labels.items()]
 
 
 def finished(args, spec):
@@ -436,13 +434,17 @@ def finished(args, spec):
     found = cli.read_json(args.results / (spec["name"] + ".json"), {})
     if found and (wrong := [f"{k}={found['spec'].get(k)!r}" for k in spec if found["spec"].get(k) != spec[k]]):
         raise InputError(f"{args.results}/{spec['name']}.json is of a run with other settings, {', '.join(wrong)}: "
-                         "give another --results, or delete it")
+                         "leave its seed out of --seeds, give another --results, or delete it")
     return bool(found) and (spec["regime"] != "pretrain" or (args.work / spec["name"] / "model.safetensors").exists())
 
 
 def execute(args, specs):
     """Work off the missing runs, args.jobs at a time, each in a process of its own: so its memory is its own."""
     todo = [spec for spec in specs if not finished(args, spec)]
+    for spec, other in itertools.product(todo, load_results(args)):  # differences are taken within a seed
+        if spec["seed"] == other["spec"]["seed"] and any(spec[k] != other["spec"][k] for k in ("encoder", "dtype")):
+            raise InputError(f"seed {spec['seed']} was begun with another encoder or dtype, {other['spec']['encoder']} "
+                             f"in {other['spec']['dtype']}: leave it out of --seeds, or give another --results")
     if todo:
         quiet = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}  # Ctrl-C is for the parent
         with multiprocessing.get_context("spawn").Pool(args.jobs, maxtasksperchild=1, **quiet) as pool:
@@ -522,7 +524,7 @@ def run(args):
     write_json(args.results / "questions.json", {split: {"concept": concepts, "kind": Cached(args, split, config).kinds}
                                                  for split, concepts in questions.items()})  # fmt: skip
     if args.part != "scratch":
-        execute(args, pretrain_specs(args, range(3) if args.part == "sweeps" else args.seeds))
+        execute(args, pretrain_specs(args, args.seeds[:3] if args.part == "sweeps" else args.seeds))
     regime = "tuned" if args.part == "sweeps" else args.part
     if args.part == "sweeps":
         rate = args.rate or best_rate(load_results(args), "tuned", "cli")
@@ -530,12 +532,15 @@ def run(args):
             raise InputError("the sweeps take CLI's learning rate from the main table: run that first, or give --rate")
         execute(args, sweep_specs(args, rate))
     else:
-        first, rates = args.seeds[0], [args.rate] if args.rate else RATES[regime]
-        execute(args, [main_spec(args, plan, regime, v, first, rate) for v in args.variants for rate in rates])
-        results = load_results(args)
-        chosen = {v: args.rate or best_rate(results, regime, v) for v in args.variants}
+        if SEEDS[0] in args.seeds:
+            rates = [args.rate] if args.rate else RATES[regime]
+            execute(args, [main_spec(args, plan, regime, v, SEEDS[0], rate) for v in args.variants for rate in rates])
+        chosen = {v: args.rate or best_rate(load_results(args), regime, v) for v in args.variants}
+        if missing := [v for v in args.variants if not chosen[v]]:
+            raise InputError(f"the learning rate of {', '.join(missing)} is chosen with seed {SEEDS[0]}: run that "
+                             "first, or give --rate")
         execute(args, [main_spec(args, plan, regime, v, seed, chosen[v])
-                       for seed in args.seeds[1:] for v in args.variants])  # fmt: skip
+                       for seed in args.seeds if seed != SEEDS[0] for v in args.variants])  # fmt: skip
 
 
 def main():
@@ -547,7 +552,7 @@ def main():
     add("--encoder", type=Path, default=HERE / "out/nano/encode", help="trained as train.py does it if it is not there")
     add("--work", type=Path, default=HERE / "out/fusion", help="levels and pre-trained models (default: out/fusion)")
     add("--results", type=Path, default=HERE / "experiments/results/fusion", help="one JSON file a run")
-    add("--seeds", type=int, nargs="+", default=SEEDS, help="of the main table (default: 0 to 4)")
+    add("--seeds", type=int, nargs="+", default=SEEDS, help="default: 0 to 4; of sweeps the first three")
     add("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="of the main table")
     add("--rate", type=float, help="learning rate of every run, instead of the better of two")
     add("--steps", type=int, default=2500, help="of every run (default: %(default)s)")
@@ -565,7 +570,7 @@ def main():
     manifest = train.read_manifest(args.data, "train")
     args.data_hash = train.sha256(json.dumps(manifest))[:16]
     device, _ = cli.pick_device(args.device)
-    args.device = str(device)
+    args.device, args.dtype = str(device), str(train.training_dtype(args.dtype, device)[0]).removeprefix("torch.")
     args.device_name = torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type}, one thread a run"
     run(args)
 
