@@ -23,6 +23,7 @@ Sequences lie end to end in one flat stream (T, D) without padding.
     prompt, _ = encode_chat(model.tokenizer, model.config.template, [("user", user_content("What is this?", 1))])
     for step in model.generate([prompt], [[load_image("cat.png")]]): print(model.tokenizer.decode(step), end="")
 """
+import contextlib
 import dataclasses
 import functools
 import io
@@ -42,6 +43,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 
@@ -135,6 +137,8 @@ class FusionConfig:
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 raise InputError(f"fusion field {name}={getattr(self, name)!r}: expected one of {', '.join(values)}")
+        if self.lora_rank < 1:
+            raise InputError(f"fusion field lora_rank={self.lora_rank}: expected at least 1")
 
     @property
     def levels(self):
@@ -168,8 +172,12 @@ class Config:
                 raise InputError(f"route {l} <- {list(ks)}: decoder layers are 0..{depth - 1}, levels 0..{levels}")
         if len(dict(self.fusion.routes)) < len(self.fusion.routes):
             raise InputError(f"routes {list(self.fusion.routes)}: a decoder layer stands in two of them")
-        if self.fusion.agf_heads and self.decoder.hidden_size % self.fusion.agf_heads:
-            raise InputError(f"agf_heads {self.fusion.agf_heads} does not divide the width {self.decoder.hidden_size}")
+        v, d, heads = self.vision, self.decoder, self.fusion.agf_heads
+        for name, part, whole in (("agf_heads", heads or 1, d.hidden_size),
+                                  ("num_key_value_heads", d.num_key_value_heads, d.num_attention_heads),
+                                  ("vision heads", v.num_attention_heads if v else 1, v.hidden_size if v else 1)):
+            if part < 1 or whole % part:
+                raise InputError(f"{name} {part} does not divide {whole}")
 
     @property
     def max_tiles(self):
@@ -752,7 +760,7 @@ class CLI(nn.Module):
 
         prompts: list of B id lists; images: list of B lists of PIL images or Pictures; temperature 0 is greedy;
         top_k 0 and top_p 1 keep every token; repetition_penalty divides the scores of ids generated so far (None: the
-        checkpoint's). cache: a KVCache to continue (a chat); afterwards it holds everything that was fed.
+        checkpoint's). cache: a KVCache to continue (a chat: one prompt); afterwards it holds everything that was fed.
         """
         images = images or [[] for _ in prompts]
         images = [[p if isinstance(p, Picture) else prepare_image(p, self.config, len(ps) > 1) for p in ps]
@@ -782,8 +790,10 @@ class CLI(nn.Module):
             if all(done):
                 return
             yield [None if d else i for d, i in zip(done, out)]
-            if step + 1 == max_new_tokens or max(cache.lengths) == self.config.decoder.max_position_embeddings:
+            done = [d or n == self.config.decoder.max_position_embeddings for d, n in zip(done, cache.lengths)]
+            if step + 1 == max_new_tokens or all(done):
                 return
+            cache.lengths = [n - d for n, d in zip(cache.lengths, done)]  # what is over writes its last place again
             logits, _ = self(ids, seqlens=[1] * len(prompts), cache=cache, select="last")
 
     # ------------------------------------------------------------------------------------------------ weights
@@ -877,10 +887,9 @@ class CLI(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         state = {k: v.to(dtype or v.dtype).contiguous() for k, v in (weights or self.state_dict()).items()}
         write_whole(folder / "model.safetensors", lambda path: save_file(state, path, metadata={"format": "pt"}))
-        config = json.dumps(self.config.to_dict(), indent=1) + "\n"
-        write_whole(folder / "config.json", lambda path: path.write_text(config, encoding="utf-8"))
+        write_text(folder / "config.json", json.dumps(self.config.to_dict(), indent=1) + "\n")
         if self.tokenizer:
-            write_whole(folder / "tokenizer.json", lambda path: path.write_text(self.tokenizer.json, encoding="utf-8"))
+            write_text(folder / "tokenizer.json", self.tokenizer.json)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1144,10 +1153,16 @@ def write_whole(path, write):
     try:
         write(temporary)
         os.replace(temporary, path)
-    except OSError as e:
+    except (OSError, RuntimeError, SafetensorError) as e:  # a full disk: torch.save and save_file raise the latter two
         raise InputError(f"{path}: cannot be written: {e}") from e
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def write_text(path, text):
+    """UTF-8, lines end as they do in `text`; what UTF-8 cannot hold, a lone surrogate, as JSON would escape it."""
+    write_whole(path, lambda temporary: temporary.write_bytes(text.encode(errors="backslashreplace")))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1243,7 +1258,7 @@ class Tokenizer:
         if not path.exists():
             return None
         try:
-            return Tokenizer(path.read_text(encoding="utf-8"))
+            return Tokenizer(path.read_bytes().decode())
         except Exception as e:  # the library raises bare Exception
             raise InputError(f"{path}: not a tokenizer: {e}") from e
 
@@ -1251,7 +1266,10 @@ class Tokenizer:
         return self.backend.get_vocab_size()
 
     def encode(self, text):
-        return self.backend.encode(text, add_special_tokens=False).ids
+        try:
+            return self.backend.encode(text, add_special_tokens=False).ids
+        except TypeError as e:  # a lone surrogate
+            raise InputError(f"{text[:40]!r} is not valid Unicode") from e
 
     def decode(self, ids):
         return self.backend.decode([i for i in ids if i is not None], skip_special_tokens=True)
@@ -1318,7 +1336,7 @@ def choose(logits, seen, penalty, temperature, top_k, top_p, generator):
         logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits / temperature
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # no overflow however low the temperature
     if top_k:
         logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1]))[0][:, -1:], -math.inf)
     probs, order = logits.softmax(-1).sort(-1, descending=True)
@@ -1357,8 +1375,10 @@ def peak_memory(device):
     """GiB: what CUDA allocated at most, elsewhere the largest resident size of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource  # not on every system
-
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
@@ -1366,7 +1386,10 @@ def run_program(main):
     """Run main(): a user's mistake ends with status 2 and one line, Ctrl-C with 130, never with a traceback."""
     try:
         main()
-    except InputError as e:
+    except BrokenPipeError:  # whoever read our output has left: nobody to tell, at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (InputError, OSError) as e:  # an OSError names its file
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

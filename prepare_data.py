@@ -8,7 +8,8 @@ Output, in data/NAME/:
     manifest.json             what is there; written last, so a folder without one holds nothing to train on
     tokenizer.json            the tokenizer whose ids the shards hold
     SPLIT-00000.safetensors   tokens           int32[t]    the rows end to end, -200 where a picture goes
-                              answer           uint8[t]    1 = supervised (train.py shifts, not we)
+                              answer           uint8[t]    1 = of an answer, 2 = supervised though it is of none
+                                                           (--labels llava), 0 = not supervised; train.py shifts
                               row_offsets      int64[n+1]  row i is tokens[row_offsets[i]:row_offsets[i+1]]
                               pictures         uint8[b]    the pictures' bytes end to end: an image file, or a recipe
                               picture_offsets  int64[m+1]  picture j: pictures[picture_offsets[j]:picture_offsets[j+1]]
@@ -18,8 +19,9 @@ Output, in data/NAME/:
     bad_rows.jsonl            rows that were left out, where they stand and why (only if there are any)
 
 A recipe is a line of JSON that open_picture() draws: a scene takes a millisecond to draw and 200 bytes to keep, so that
-a hundred thousand different ones fit anywhere. An interrupted run goes on where it was: finished shards are kept, and
-each depends on nothing but (arguments, split, number), so the bytes are those of a run in one go.
+a hundred thousand different ones fit anywhere. An interrupted run goes on where it was: finished shards are kept, but
+for those with bad rows, which may have been mended. A shard depends on nothing but the arguments, what the rows point
+to, its split and number, so the bytes are those of a run in one go.
 """
 
 import argparse
@@ -40,7 +42,7 @@ from safetensors.numpy import save
 from tqdm import tqdm
 
 import cli
-from assets.emoji.scenes import EMOJI, QUESTIONS, VALIDATION, emoji_pools, emoji_row, picture_size, train_tokenizer
+from assets.emoji.scenes import EMOJI, QUESTIONS, VALIDATION, emoji_pools, emoji_row, recipe_size, train_tokenizer
 from cli import IMAGE_TOKEN, InputError
 
 FORMAT = 1  # of the shards; part of the arguments that a resumed run must share
@@ -59,15 +61,15 @@ def read_conversation(record: dict) -> tuple[list, list]:
         raise InputError('no list "conversations"')
     pictures = record.get("image")
     pictures = [] if pictures is None else pictures if isinstance(pictures, list) else [pictures]
-    if "video" in record:
+    if record.get("video") is not None:
         raise InputError("video is not supported")
     turns = []
     for turn in record["conversations"]:
         role = turn.get("from", turn.get("role")) if isinstance(turn, dict) else None
         text = turn.get("value", turn.get("content")) if isinstance(turn, dict) else None
-        role = {"human": "user", "gpt": "assistant"}.get(role, role)
         if not isinstance(text, str) or not isinstance(role, str):
             raise InputError("a turn without from/value or role/content")
+        role = {"human": "user", "gpt": "assistant"}.get(role, role)
         if not turns and role != "user":
             continue  # a leading turn that is not the user's is dropped, as in the original
         if role != ("user", "assistant")[len(turns) % 2]:
@@ -95,7 +97,8 @@ def split_images(text: str) -> list:
 def llava_mask(ids: list, answer: list, tokenizer) -> list:
     """The original's labels (template qwen_1_5): answers with their header, and every start, end and newline token."""
     start, end = tokenizer.id("<|im_start|>"), tokenizer.id("<|im_end|>")
-    mask = [token in (start, end, *tokenizer.encode("\n")) for token in ids]
+    always = {start, end, *tokenizer.encode("\n")}
+    mask = [token in always for token in ids]
     bounds = [i for i, token in enumerate(ids) if token == start] + [len(ids)]
     for a, b in zip(bounds, bounds[1:]):
         if any(answer[a:b]):
@@ -110,7 +113,7 @@ def llava_items(file: Path) -> list:
             lines = enumerate(file.read_bytes().split(b"\n"), 1)
             return [(f"{file.name}:{n}", line) for n, line in lines if line.strip()]
         records = json.loads(file.read_bytes())
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise InputError(f"{file}: {getattr(e, 'strerror', None) or e}") from e
     if not isinstance(records, list):
         raise InputError(f"{file}: expected a list of conversations, got a JSON {type(records).__name__}")
@@ -126,8 +129,8 @@ def llava_row(raw, folder) -> dict:
         try:
             pictures.append((folder / name).read_bytes())
         except (OSError, TypeError, ValueError) as e:
-            raise InputError(f"picture {name}: {getattr(e, 'strerror', None) or e}") from e
-    return {"turns": turns, "pictures": pictures, "kind": PICTURES[min(len(pictures), 2)]}
+            raise InputError(f"picture {name!r}: {getattr(e, 'strerror', None) or e}") from e
+    return {"turns": turns, "pictures": pictures, "drawn": False, "kind": PICTURES[min(len(pictures), 2)]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -242,7 +245,7 @@ def onevision_row(record: dict) -> dict:
     turns, pictures = read_conversation(record | {"image": image["bytes"] if isinstance(image, dict) else image})
     if not all(isinstance(picture, bytes) for picture in pictures):
         raise InputError("a picture without bytes")
-    return {"turns": turns, "pictures": pictures, "kind": record["subset"]}
+    return {"turns": turns, "pictures": pictures, "drawn": False, "kind": record["subset"]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -250,17 +253,18 @@ def onevision_row(record: dict) -> dict:
 
 
 def encode_row(row: dict, tokenizer, template: str, labels: str):
-    """-> (token ids, mask, sizes of the pictures); checks what train.py relies on."""
+    """-> (token ids, marks as in the shards, sizes of the pictures); checks what train.py relies on."""
     sizes = []
     for n, picture in enumerate(row["pictures"], 1):
         try:
-            sizes.append(picture_size(picture))
+            sizes.append(recipe_size(picture) if row["drawn"] else cli.load_image(picture).size)
         except InputError as e:
             raise InputError(f"picture {n}: {e}") from e
     if not any(role == "assistant" and "".join(content).strip() for role, content in row["turns"]):
         raise InputError("no answer to learn from")
     ids, answer = cli.encode_chat(tokenizer, template, row["turns"])
-    return ids, llava_mask(ids, answer, tokenizer) if labels == "llava" else answer, sizes
+    mask = llava_mask(ids, answer, tokenizer) if labels == "llava" else answer
+    return ids, [1 if a else 2 * m for a, m in zip(answer, mask)], sizes
 
 
 def write_shard(path: Path, rows, make, kinds: list, encode, bar) -> None:
@@ -271,7 +275,7 @@ def write_shard(path: Path, rows, make, kinds: list, encode, bar) -> None:
         try:
             row = make(raw)
             good.append((*encode(row), row["pictures"], row["kind"]))
-        except ValueError as e:  # InputError and broken JSON
+        except (ValueError, RecursionError) as e:  # InputError and broken JSON
             bad.append({"where": where, "reason": str(e)})
     ids, answer, sizes, row_pictures, row_kinds = zip(*good) if good else [()] * 5
     pictures, count = [*chain(*row_pictures)], Counter(row_kinds)
@@ -289,13 +293,10 @@ def write_shard(path: Path, rows, make, kinds: list, encode, bar) -> None:
         "row_pictures": offsets(row_pictures),
         "kind": np.array([kinds.index(kind) for kind in row_kinds], np.int16),
     }
-    facts = {"rows": len(good), "tokens": len(tensors["tokens"]), "supervised_tokens": int(tensors["answer"].sum()),
+    facts = {"rows": len(good), "tokens": len(tensors["tokens"]),
+             "supervised_tokens": int(np.count_nonzero(tensors["answer"])),
              "pictures": len(pictures), "kinds": {k: count[k] for k in kinds if count[k]}, "bad": bad}  # fmt: skip
     cli.write_whole(path, lambda temporary: temporary.write_bytes(save(tensors, {"shard": json.dumps(facts)})))
-
-
-def write_text(path: Path, text: str) -> None:
-    cli.write_whole(path, lambda temporary: temporary.write_bytes(text.encode()))
 
 
 def build(args, source: dict, tokenizer_json: str, splits: dict, kinds: list, rows_of, make) -> None:
@@ -314,7 +315,7 @@ def build(args, source: dict, tokenizer_json: str, splits: dict, kinds: list, ro
         "tokenizer_sha256": sha256(tokenizer_json.encode()),
     }  # fmt: skip
     prepare_folder(folder, arguments, args.overwrite)
-    write_text(folder / "tokenizer.json", tokenizer_json)
+    cli.write_text(folder / "tokenizer.json", tokenizer_json)
 
     manifest, bad = {"name": folder.name, **arguments, "kinds": kinds, "splits": {}}, []
     with tqdm(total=total, unit="row", desc=folder.name) as bar:
@@ -322,12 +323,12 @@ def build(args, source: dict, tokenizer_json: str, splits: dict, kinds: list, ro
             shards = []
             for number, first in enumerate(range(0, n, args.shard_rows)):
                 path, last = folder / f"{split}-{number:05d}.safetensors", min(n, first + args.shard_rows)
-                if path.exists():
+                facts = shard_facts(path)
+                if facts and not facts["bad"]:
                     bar.update(last - first)
                 else:
                     write_shard(path, rows_of(split, number, first, last), make, kinds, encode, bar)
-                with safe_open(path, "np") as shard:
-                    facts = json.loads(shard.metadata()["shard"])
+                    facts = shard_facts(path)
                 for row in facts["bad"][: max(0, 20 - len(bad))]:
                     bar.write(f"left out: {row['where']}: {row['reason']}", file=sys.stderr)
                 bad += facts.pop("bad")
@@ -343,33 +344,40 @@ def build(args, source: dict, tokenizer_json: str, splits: dict, kinds: list, ro
             facts["kinds"] = {kind: by_kind[kind] for kind in kinds if by_kind[kind]}
             manifest["splits"][split] = facts | {"shards": shards}
     write_bad(folder, bad)
-    write_text(folder / "manifest.json", json.dumps(manifest | {"bad_rows": len(bad)}, indent=1, ensure_ascii=False))
+    manifest["bad_rows"] = len(bad)
+    cli.write_text(folder / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False))
     for split, facts in manifest["splits"].items():
         print(f"{split}: {facts['rows']} rows, {facts['tokens']} tokens, {facts['supervised_tokens']} supervised")
     print(f"{folder / 'manifest.json'}: done, {len(bad)} bad rows left out")
 
 
+def shard_facts(path: Path) -> dict:
+    """What write_shard noted in a shard's header; empty where there is no shard."""
+    if not path.exists():
+        return {}
+    with safe_open(path, "np") as shard:
+        return json.loads(shard.metadata()["shard"])
+
+
 def write_bad(folder: Path, bad: list) -> None:
     if bad:
-        write_text(folder / "bad_rows.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in bad))
+        cli.write_text(folder / "bad_rows.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in bad))
 
 
 def prepare_folder(folder: Path, arguments: dict, overwrite: bool) -> None:
     """Make the folder, or take up the work in it if it was begun with the same arguments."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise InputError(f"{folder}: {e.strerror}") from e
-    begun = folder / "arguments.json"
-    if any(folder.iterdir()) and cli.read_json(begun, {}) != arguments:
-        if not overwrite:
-            raise InputError(f"{folder} holds something made with other arguments: use another --out, or --overwrite")
-        ours = [folder / name for name in ("manifest.json", "arguments.json", "tokenizer.json", "bad_rows.jsonl")]
-        for path in [*ours, *folder.glob("*-?????.safetensors")]:  # the manifest first
-            path.unlink(missing_ok=True)
-    for path in folder.glob(".*.tmp"):
-        path.unlink()
-    write_text(begun, json.dumps(arguments, indent=1, ensure_ascii=False))
+    folder.mkdir(parents=True, exist_ok=True)
+    begun, left = folder / "arguments.json", set(folder.glob(".*.tmp"))  # by a run that was killed as it wrote
+    if set(folder.iterdir()) - left and not begun.exists():
+        raise InputError(f"{folder} holds files that prepare_data.py did not make: use another --out")
+    if overwrite:
+        ours = [folder / name for name in ("manifest.json", "tokenizer.json", "bad_rows.jsonl")]
+        left = [*ours, *folder.glob("*-?????.safetensors"), *left]  # the manifest first
+    elif cli.read_json(begun, arguments) != arguments:
+        raise InputError(f"{folder} holds something made with other arguments: use another --out, or --overwrite")
+    for path in left:
+        path.unlink(missing_ok=True)
+    cli.write_text(begun, json.dumps(arguments, indent=1, ensure_ascii=False))
 
 
 def read_tokenizer(source) -> str:
@@ -388,7 +396,7 @@ def sha256(data: bytes) -> str:
 
 def hold_out(seed: int, items: list, n: int) -> dict:
     """-> {"train": items, "val": n of them}, each in the old order"""
-    if 0 < len(items) <= n:
+    if n and len(items) <= n:
         raise InputError(f"--val {n}: there are only {len(items)} rows")
     chosen = set(random.Random(seed).sample(range(len(items)), n))
     splits = {"train": [item for i, item in enumerate(items) if i not in chosen]}
@@ -400,6 +408,9 @@ def hold_out(seed: int, items: list, n: int) -> dict:
 
 
 def emoji_command(args) -> None:
+    if 0 < args.per_kind < 12 or args.vocabulary < 259:
+        raise InputError("--per-kind N: 0 or at least 12, else nothing unseen is left to ask about; --vocabulary N: at "
+                         "least 259, the bytes and three special tokens")
     pools = emoji_pools(args.seed, args.per_kind)
     splits = {"encode": args.encode, "pretrain": args.pretrain, "train": args.train}
     splits |= dict.fromkeys([*VALIDATION, "dev"], args.val)
@@ -423,7 +434,7 @@ def emoji_command(args) -> None:
     files = sorted(path for path in EMOJI.iterdir() if path.suffix in (".json", ".webp"))
     source = {"name": "emoji", "sha256": {path.name: sha256(path.read_bytes()) for path in files}}
     kinds = ["naming", *(kind + "-zh" * zh for kind in QUESTIONS for zh in (0, 1) if QUESTIONS[kind][1 + zh])]
-    build(args, source, tokenizer_json, splits, kinds, rows_of, lambda row: row)
+    build(args, source, tokenizer_json, splits, kinds, rows_of, lambda row: {**row, "drawn": True})
 
 
 def llava_command(args) -> None:
@@ -460,7 +471,7 @@ def main() -> None:
         add("--out", type=Path, help="folder to write (default: data/NAME)")
         add("--name", help="of the data set (default: emoji, onevision, or the JSON file's name)")
         add("--seed", type=int, default=0, help="of every random choice (default: %(default)s)")
-        add("--overwrite", action="store_true", help="replace what other arguments made in that folder")
+        add("--overwrite", action="store_true", help="make everything in that folder anew")
         add("--max-bad", type=float, default=0.01, help="share of rows that may be bad (default: %(default)s)")
         add("--tokenizer", help=f"tokenizer.json, or a folder with one (default: {tokenizer})")
         add("--val", type=int, default=val, help="rows of every validation split (default: %(default)s)")

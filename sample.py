@@ -6,8 +6,8 @@
     python sample.py --model SRC --image cat.png              without --prompt, on a terminal: a chat (Ctrl-D ends it)
     python sample.py --batch questions.jsonl --out answers.jsonl   lines {"prompt": ..., "image": path or list of paths}
 
-Text goes to standard output as it is decoded, everything else to standard error. A batch that was stopped goes on where
-it was when the same command is given again.
+Text goes to standard output as it is decoded, everything else to standard error. A batch's paths start at its file's
+folder; one that was stopped goes on where it was when the same command is given again.
 """
 import argparse
 import json
@@ -124,12 +124,22 @@ def draw_gates(pages, path):
     say(f"heat map written to {path}")
 
 
+def prepare(model, paths, prompt):
+    """-> (ids, pictures) of one question. Raises InputError, also where it is longer than the model's context."""
+    pictures = [prepare_image(load_image(path), model.config, len(paths) > 1) for path in paths]
+    ids, _ = encode_chat(model.tokenizer, model.config.template, [("user", user_content(prompt, len(pictures)))])
+    length = len(ids) + sum(cli.visual_tokens(p, model.config) - 1 for p in pictures)
+    if length > model.config.decoder.max_position_embeddings:
+        raise InputError(f"a prompt of {length} tokens (pictures included) for a context of "
+                         f"{model.config.decoder.max_position_embeddings}")
+    return ids, pictures
+
+
 def ask(model, args, questions):
     """Answer (paths of pictures, prompt) after each other, with heat maps where asked."""
     pages = []
     for paths, prompt in questions:
-        images = [prepare_image(load_image(path), model.config, len(paths) > 1) for path in paths]
-        ids, _ = encode_chat(model.tokenizer, model.config.template, [("user", user_content(prompt, len(images)))])
+        ids, images = prepare(model, paths, prompt)
         if len(questions) > 1:
             say(f"\n{', '.join(str(Path(p).name) for p in paths)}: {prompt}")
         text, _, facts = answer(model, ids, images, args, show=not args.json)
@@ -165,10 +175,11 @@ def chat(model, args):
             continue
         content, start = (user_content(text, len(images)), True) if left is None else (text, False)
         prompt = (left or []) + encode_chat(model.tokenizer, model.config.template, [("user", content)], start)[0]
-        pictures, images = images, []
-        fed = cache.lengths[0] + len(prompt) + sum(cli.visual_tokens(p, model.config) - 1 for p in pictures)
-        _, ids, facts = answer(model, prompt, pictures, args, cache)
-        left = ids[max(0, cache.lengths[0] - fed) :]
+        fed = cache.lengths[0] + len(prompt) + sum(cli.visual_tokens(p, model.config) - 1 for p in images)
+        _, ids, facts = answer(model, prompt, images, args, cache)
+        if cache.lengths[0] < fed:  # stopped while the turn was read: nothing of it is in the cache
+            continue
+        left, images = ids[cache.lengths[0] - fed :], []
         report(facts, model.device)
         if facts["gates"] and args.gates is not None:
             say(gates_text(facts["gates"]))
@@ -178,7 +189,7 @@ def read_questions(path):
     """JSONL -> [{"prompt": str, "paths": [...], ...}]. InputError names file and line, before any work."""
     questions = []
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")  # splitlines() would split within a string too
     except (OSError, UnicodeDecodeError) as e:
         raise InputError(f"{path}: cannot be read: {e}") from e
     for number, line in enumerate(lines, 1):
@@ -194,23 +205,25 @@ def read_questions(path):
         images = [images] if isinstance(images, str) else images
         if not isinstance(images, list) or not all(isinstance(p, str) for p in images):
             raise InputError(f"{path}, line {number}: image is {images!r}, expected a path or a list of paths")
+        row = {k: v for k, v in row.items() if k not in ("answer", "error")}  # ours
         questions.append({**row, "line": number, "paths": [str(Path(path).parent / p) for p in images]})
     return questions
 
 
 def batch(model, args):
     """Answer a JSONL file, args.batch_size at a time; lines are appended as they come. -> number that failed"""
-    questions, out, done = read_questions(args.batch), Path(args.out), []
+    questions, out, done = [{**q, "model": args.model} for q in read_questions(args.batch)], Path(args.out), []
     if out.exists():
         whole = out.read_bytes()
         whole = whole[: whole.rfind(b"\n") + 1]  # a killed run may have left half a line
         try:
             done = [json.loads(line) for line in whole.splitlines()]
-            asked = [(q["line"], q["prompt"]) for q in questions[: len(done)]]
-            if [(d["line"], d["prompt"]) for d in done] != asked:
+            asked = [{k: v for k, v in q.items() if k != "paths"} for q in questions[: len(done)]]
+            if [{k: v for k, v in d.items() if k not in ("answer", "error")} for d in done] != asked:
                 raise ValueError
-        except (ValueError, KeyError, TypeError):
-            raise InputError(f"{out} exists and does not hold answers to {args.batch}: choose another --out") from None
+        except (ValueError, AttributeError):
+            raise InputError(f"{out} exists and does not hold answers of {args.model} to {args.batch}: choose another "
+                             "--out") from None
         cli.write_whole(out, lambda temporary: temporary.write_bytes(whole))
         say(f"{len(done)} of {len(questions)} were answered before")
     failed = sum("error" in d for d in done)
@@ -219,12 +232,11 @@ def batch(model, args):
             rows, prompts, pictures, good = questions[start : start + args.batch_size], [], [], []
             for row in rows:
                 try:
-                    images = [prepare_image(load_image(p), model.config, len(row["paths"]) > 1) for p in row["paths"]]
+                    ids, images = prepare(model, row["paths"], row["prompt"])
                 except InputError as e:
                     row["error"] = str(e)
                     continue
-                content = user_content(row["prompt"], len(images))
-                prompts.append(encode_chat(model.tokenizer, model.config.template, [("user", content)])[0])
+                prompts.append(ids)
                 pictures.append(images)
                 good.append(row)
             if good:
@@ -269,7 +281,8 @@ def parse():
     add = parser.add_argument
     add_model_flags(add)
     add("--image", action="append", default=[], metavar="FILE", help="a picture; may be repeated")
-    add("--prompt", help="the question; without it: a chat on a terminal, else standard input is the prompt")
+    add("--prompt", help="the question; without it, --model and --image: some about the bundled pictures; without it "
+        "alone: a chat on a terminal, else standard input is the prompt")
     add("--max-new-tokens", type=int, default=256, help="longest answer (default: %(default)s)")
     add("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     add("--top-k", type=int, default=0, help="sample from the k likeliest tokens; 0: all (default)")
@@ -287,10 +300,12 @@ def parse():
 def main():
     parser, args = parse()
     for name, low in (("max_new_tokens", 1), ("temperature", 0), ("top_k", 0), ("batch_size", 1)):
-        if getattr(args, name) < low:
+        if not getattr(args, name) >= low:  # nan neither
             raise InputError(f"--{name.replace('_', '-')} must be at least {low}")
     if not 0 < args.top_p <= 1 or args.repetition_penalty is not None and args.repetition_penalty <= 0:
         raise InputError("--top-p must be in (0, 1], --repetition-penalty above 0")
+    if not 0 <= args.seed < 2**63:
+        raise InputError("--seed must be at least 0 and below 2**63")
     if bool(args.batch) != bool(args.out):
         raise InputError("--batch and --out go together")
     for path in args.image:  # before a large model is loaded

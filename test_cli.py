@@ -12,7 +12,10 @@ import io
 import json
 import os
 import random
+import shutil
+import signal
 import struct
+import subprocess
 import sys
 import zlib
 from pathlib import Path
@@ -988,6 +991,14 @@ def test_batch_equals_each_alone():
     cut = [ids[: ids.index(stop)] if stop in ids else ids for ids in alone]
     assert decode(model, prompts, images, max_new_tokens=12) == cut
     assert len(cut[1]) <= 4
+    # A neighbour whose context is full, whether it stopped before or not, ends alone.
+    for stops in ((), (stop,)):
+        decoder = dataclasses.replace(model.config.decoder, max_position_embeddings=40)
+        model.config = dataclasses.replace(model.config, decoder=decoder, eos_token_ids=stops)
+        prompts = [prompt(0, 38, seed=1), prompt(0, 6, seed=2), prompt(0, 37, seed=3), prompt(0, 30, seed=4)]
+        alone = [decode(model, [tokens], max_new_tokens=20)[0] for tokens in prompts]
+        assert decode(model, prompts, max_new_tokens=20) == alone
+    assert len(decode(model, prompts[1:2], max_new_tokens=20)[0]) > 5
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -1607,6 +1618,9 @@ def test_errors_of_options(base):
     fails(lambda: tiny_config(FusionConfig(routes=((LAYERS, (1,)),))), LAYERS)
     fails(lambda: tiny_config(FusionConfig(routes=((0, (BLOCKS + 1,)),))), BLOCKS + 1)
     fails(lambda: FusionConfig(gate="scaler"), "scaler", "scalar")
+    fails(lambda: FusionConfig(lora_rank=0), "lora_rank=0")
+    fails(lambda: Config(cli.VisionConfig(hidden_size=130, num_attention_heads=4)), "vision heads 4", "130")
+    fails(lambda: Config(decoder=cli.DecoderConfig(num_key_value_heads=3)), "num_key_value_heads 3", "14")
     fails(lambda: tiny_config(image_aspect_ratio="square"), "square")
     fails(lambda: Config.from_dict(dict(tiny_config().to_dict(), colour=3)), "colour")
     fails(lambda: load(base, dtype="float33"), "float33")
@@ -1634,6 +1648,33 @@ def test_run_program(capsys):
         if main is wrong:
             assert error == "error: cat.png: not a picture\n"
     cli.run_program(lambda: None)
+    program = "import cli, os; cli.run_program(lambda: [print('text', flush=True) for _ in range(10**6)])"
+    with subprocess.Popen([sys.executable, "-c", program], stdout=-1, stderr=-1, text=True, cwd=ROOT) as left:
+        left.stdout.readline()
+        left.stdout.close()  # as `| head -1` does
+        assert left.stderr.read() == "" and left.wait() == 1
+
+
+def test_a_file_that_cannot_be_written_is_one_line(tmp_path, capsys):
+    """A missing folder, a file in a folder's place, a disk that is full: one line, and nothing half-written is left."""
+    (tmp_path / "file").write_text("old")
+    tensors = {"w": torch.zeros(300_000)}
+    for path in (tmp_path / "none/a.txt", tmp_path / "file/a.txt", tmp_path / ("a" * 250)):
+        fails(lambda path=path: cli.write_text(path, "new"), path, "cannot be written")
+    with pytest.raises(SystemExit):
+        cli.run_program(lambda: open(tmp_path / "none/a.txt"))
+    assert capsys.readouterr().err.count("\n") == 1
+    resource = pytest.importorskip("resource")
+    limit, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
+    try:
+        for write in (lambda path: cli.save_file(tensors, path), lambda path: torch.save(tensors, path),
+                      lambda path: path.write_bytes(bytes(200_000))):  # fmt: skip
+            fails(lambda write=write: cli.write_whole(tmp_path / "file", write), "cannot be written")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert (tmp_path / "file").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1759,22 +1800,45 @@ def test_sample_chat_keeps_its_cache(asked, monkeypatch, capsys):
     assert status == 0 and answers[:2] == [model.tokenizer.decode(first), model.tokenizer.decode(second)]
 
 
+def test_sample_chat_survives_an_interrupt(asked, monkeypatch, capsys):
+    """Ctrl-C while the picture is read drops that turn alone: the next one has the picture and the system turn."""
+    common = ["--model", asked, "--image", asked / "a.png", "--max-new-tokens", 4]
+    expected = run_sample(monkeypatch, capsys, *common, keys=["Who?", "Why?"])[1].split()
+    forward, calls = cli.VisionEncoder.forward, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return forward(*arguments)
+
+    monkeypatch.setattr(cli.VisionEncoder, "forward", interrupted)
+    status, out, _ = run_sample(monkeypatch, capsys, *common, keys=["What?", "Who?", "Why?"])
+    assert status == 0 and len(calls) == 2 and out.split() == expected
+
+
 def test_sample_batch_resumes(asked, monkeypatch, capsys):
     """--batch answers as one by one; a torn last line is redone, a bad picture told; other files are kept."""
-    rows = [{"prompt": f"What is {i}?", "image": "a.png", "id": i} for i in range(5)] + [{"prompt": "Who?"}]
-    rows.append({"prompt": "And this?", "image": ["nothing.png"]})
+    rows = [{"prompt": f"What is {i}?", "image": "a.png", "id": i} for i in range(5)]
+    rows += [{"prompt": "Who\u2028is it?", "error": None}, {"prompt": "Too long. " * 2000},
+             {"prompt": "And this?", "image": ["nothing.png"]}]  # fmt: skip
     questions, out = asked / "in.jsonl", asked / "out.jsonl"
-    questions.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    questions.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
     common = ["--model", asked, "--max-new-tokens", 5, "--batch", questions, "--out", out, "--batch-size", 3]
     status, _, err = run_sample(monkeypatch, capsys, *common)
-    lines = out.read_text().splitlines()
-    assert status == 2 and "1 questions" in err and "nothing.png" in json.loads(lines[-1])["error"]
+    lines = out.read_text().removesuffix("\n").split("\n")
+    assert status == 2 and "2 questions" in err and "nothing.png" in json.loads(lines[-1])["error"]
+    assert "for a context of" in json.loads(lines[-2])["error"] and "error" not in json.loads(lines[-3])
     for row, line in zip(rows[:2], lines):
         one = ["--model", asked, "--max-new-tokens", 5, "--prompt", row["prompt"], "--image", asked / "a.png", "--json"]
         assert json.loads(run_sample(monkeypatch, capsys, *one)[1])["answer"] == json.loads(line)["answer"]
     out.write_text("\n".join(lines[:4]) + "\n" + lines[4][:9])
     run_sample(monkeypatch, capsys, *common)
-    assert out.read_text().splitlines() == lines
+    assert out.read_text() == "\n".join(lines) + "\n"
+    for name, value in (("image", "b.png"), ("model", "another")):  # what was answered is not what is asked now
+        out.write_text(json.dumps({**json.loads(lines[0]), name: value}) + "\n")
+        status, _, err = run_sample(monkeypatch, capsys, *common)
+        assert status == 2 and "choose another --out" in err
     out.write_text("precious\n")
     status, _, err = run_sample(monkeypatch, capsys, *common)
     assert status == 2 and "choose another --out" in err and out.read_text() == "precious\n"
@@ -1796,6 +1860,9 @@ def test_sample_refuses(asked, monkeypatch, capsys):
     for arguments, told in ((["--image", asked / "none.png", "--prompt", "x"], "none.png"),
                             (["--model", asked / "nowhere", "--prompt", "x"], "nowhere"),
                             (["--model", asked, "--prompt", "x", "--top-p", 0], "--top-p"),
+                            (["--model", asked, "--prompt", "x", "--temperature", "nan"], "--temperature"),
+                            (["--model", asked, "--prompt", "x", "--seed", 2**64], "--seed"),
+                            (["--model", asked, "--prompt", "\udcff"], "not valid Unicode"),
                             (["--model", asked, "--prompt", "x", "--gates", asked / "x.png"], "--gates"),
                             (["--batch", asked / "in.jsonl"], "--out")):
         status, _, err = run_sample(monkeypatch, capsys, *arguments)
@@ -1872,7 +1939,7 @@ def rows_of(folder, split):
     manifest, rows = json.loads((folder / "manifest.json").read_text()), []
     for shard in manifest["splits"][split]["shards"]:
         t = {name: tensor.numpy() for name, tensor in load_file(folder / shard["file"]).items()}
-        assert len(t["kind"]) == shard["rows"] and t["answer"].sum() == shard["supervised_tokens"]
+        assert len(t["kind"]) == shard["rows"] and (t["answer"] > 0).sum() == shard["supervised_tokens"]
         assert len(t["picture_sizes"]) == len(t["picture_offsets"]) - 1 == t["row_pictures"][-1] == shard["pictures"]
         for i, kind in enumerate(t["kind"]):
             a, b = t["row_offsets"][i : i + 2]
@@ -2015,15 +2082,13 @@ def test_emoji_pictures_are_drawn(emoji):
     """A recipe draws the same picture every time: its size, its plain background, a drawing on it."""
     (_, _, (recipe,), _), *_ = [row for row in rows_of(emoji, "train") if b'"grid":3' in row[2][0]]
     picture = scenes.open_picture(recipe)
-    assert picture.size == scenes.picture_size(recipe) == (192, 192) and picture.mode == "RGB"
+    assert picture.size == scenes.recipe_size(recipe) == (192, 192) and picture.mode == "RGB"
     assert picture.tobytes() == scenes.open_picture(recipe).tobytes()
     for i, (*_, colour) in enumerate(json.loads(recipe)["cells"]):
         cell = np.asarray(picture)[i // 3 * 64 :, i % 3 * 64 :][:64, :64].reshape(-1, 3)
         plain = (cell == list(bytes.fromhex(colour))).all(1).mean()
         assert 0.1 < plain < 0.97
     assert scenes.open_picture(png_bytes()).size == (9, 7)  # and bytes of a picture are opened as they are
-    with pytest.raises(cli.InputError):
-        scenes.picture_size(b"{not a recipe")
 
 
 def test_emoji_yes_and_no_are_balanced():
@@ -2077,6 +2142,12 @@ def test_interrupted_run_leaves_nothing_and_resumes(emoji, few, tmp_path, monkey
     none = ("--encode", 0, "--pretrain", 0, "--val", 0)
     write_shards(monkeypatch, *arguments, *none, "--train", 20, "--seed", 1, "--overwrite")
     assert set(contents(tmp_path)) == {"arguments.json", "manifest.json", "tokenizer.json", "train-00000.safetensors"}
+    # Files of others: refused and left alone, whatever is asked.
+    (tmp_path / "arguments.json").unlink()
+    before = contents(tmp_path)
+    with pytest.raises(cli.InputError, match="did not make"):
+        write_shards(monkeypatch, *arguments, "--overwrite")
+    assert contents(tmp_path) == before
 
 
 # ---- LLaVA
@@ -2097,9 +2168,10 @@ def test_llava_labels(small_tokenizer, tmp_path, monkeypatch):
         write_shards(monkeypatch, "llava", tmp_path / "chat.json", "--images", tmp_path, "--tokenizer", small_tokenizer,
                 "--labels", labels, "--out", tmp_path / labels)  # fmt: skip
         ((tokens, mask, pictures, kind),) = rows_of(tmp_path / labels, "train")
+        assert mask.count(1) == 4  # the answer and its end mark, whatever else is supervised
         names = ["[IMG]" if t < 0 else tokenizer.backend.id_to_token(t) for t in tokens]
         names = [name.replace("Ġ", " ").replace("Ċ", "\n") for name in names]
-        found[labels] = [name + "*" * supervised for name, supervised in zip(names, mask)]
+        found[labels] = [name + "*" * bool(supervised) for name, supervised in zip(names, mask)]
         assert pictures == [png_bytes()] and kind == "picture"
     system = ["<|im_start|>*", "system", "\n*", "You", " are", " a", " helpful", " assistant", ".", "<|im_end|>*",
               "\n*"]  # fmt: skip
@@ -2152,7 +2224,11 @@ def test_llava_bad_rows(small_tokenizer, tmp_path, monkeypatch, capsys):
         json.dumps(conversation("Hi", "<image>", image="good.png")): "in an answer",
         json.dumps(conversation("Hi", "Ho", image="missing.png")): "missing.png",
         json.dumps(conversation("Hi", "Ho", image="broken.png")): "picture",
-        json.dumps(conversation("Hi", "Ho", image="recipe.png")): "recipe",
+        json.dumps(conversation("Hi", "Ho", image="recipe.png")): "not a picture",
+        json.dumps(conversation("Hi", "\ud800")): "not valid Unicode",
+        json.dumps(conversation("Hi", "Ho", image="\ud800.png")): "picture",
+        json.dumps({"conversations": [{"from": ["human"], "value": "a"}, {"from": "gpt", "value": "b"}]}): "from/value",
+        "[" * 100_000: "",
         json.dumps(conversation("Hi", "Ho", video="a.mp4")): "video",
         json.dumps({"conversations": [{"from": "human", "value": "a"}, {"from": "human", "value": "b"}]}): "take turns",
         json.dumps({"conversations": [{"from": "human", "value": 1}, {"from": "gpt", "value": "b"}]}): "from/value",
@@ -2176,7 +2252,22 @@ def test_llava_bad_rows(small_tokenizer, tmp_path, monkeypatch, capsys):
     assert all(any(mask) for _, mask, _, _ in rows) and {kind for *_, kind in rows} == {"text"}
     write_shards(monkeypatch, *arguments[:-4], "--out", tmp_path / "val", "--max-bad", 0.9, "--val", 6)
     manifest = json.loads((tmp_path / "val/manifest.json").read_text())
-    assert manifest["rows_planned"] == {"train": 12, "val": 6} and manifest["bad_rows"] == len(bad)
+    assert manifest["rows_planned"] == {"train": 16, "val": 6} and manifest["bad_rows"] == len(bad)
+
+
+def test_llava_rows_that_were_mended(small_tokenizer, tmp_path, monkeypatch):
+    """A picture that was missing and is there now is taken up by the same command; other pictures by --overwrite."""
+    (tmp_path / "chat.jsonl").write_text(json.dumps(conversation("Hi", "Ho", image="a.png")))
+    arguments = ["llava", tmp_path / "chat.jsonl", "--tokenizer", small_tokenizer, "--out", tmp_path / "out"]
+    with pytest.raises(cli.InputError, match="1 of 1 rows are bad"):
+        write_shards(monkeypatch, *arguments, "--images", tmp_path)
+    (tmp_path / "a.png").write_bytes(png_bytes())
+    write_shards(monkeypatch, *arguments, "--images", tmp_path)
+    assert rows_of(tmp_path / "out", "train")[0][2] == [png_bytes()]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/a.png").write_bytes(png_bytes(size=(5, 5)))
+    write_shards(monkeypatch, *arguments, "--images", tmp_path / "other", "--overwrite")
+    assert rows_of(tmp_path / "out", "train")[0][2] == [png_bytes(size=(5, 5))]
 
 
 def test_prepare_mistakes_are_one_line(emoji, tmp_path, small_tokenizer, monkeypatch, capsys):
@@ -2191,10 +2282,13 @@ def test_prepare_mistakes_are_one_line(emoji, tmp_path, small_tokenizer, monkeyp
         (["llava", "empty.json", "--tokenizer", "nowhere"], "nowhere: not a tokenizer.json: No such file"),
         (["llava", "empty.json", "--tokenizer", "chat.json"], "chat.json: not a tokenizer.json"),
         (["llava", "empty.json", "--tokenizer", small_tokenizer], "no rows in empty"),
+        (["llava", "empty.json", "--tokenizer", small_tokenizer, "--val", 5], "there are only 0 rows"),
+        (["emoji", "--per-kind", 3], "--per-kind N: 0 or at least 12"),
+        (["emoji", "--vocabulary", 2], "at least 259"),
         (["emoji", "--train", "-1"], "cannot be negative"),
         (["emoji", *(word for split in ("encode", "pretrain", "train", "val") for word in (f"--{split}", "0")),
           "--tokenizer", emoji], "no rows in emoji"),
-        (["emoji", "--out", "file", "--tokenizer", emoji], "file: File exists"),
+        (["emoji", "--out", "file", "--tokenizer", emoji], "File exists"),
         (["onevision", "--from", "nowhere", "--tokenizer", emoji], "--from nowhere: no such folder"),
     ):
         assert message in mistake(monkeypatch, capsys, prepare_data, *arguments)
@@ -2332,11 +2426,13 @@ def test_rows_supervise_exactly_the_answers(emoji):
     tokenizer, rows = cli.Tokenizer((emoji / "tokenizer.json").read_text()), train.Rows(emoji, "train", Config())
     assert len(rows) == 2000
     for number, row in enumerate(emoji_rows("train", 900, 700)):
-        tokens, labels, pictures = rows[number]
+        tokens, marks, pictures = rows[number]
+        labels = rows.batch([number])["labels"]
         supervised = labels != IGNORE
         text = tokenizer.backend.decode(labels[supervised].tolist(), skip_special_tokens=False)
         assert text == "".join(said + "<|im_end|>" for role, said in row["turns"] if role == "assistant")
-        assert torch.equal(labels[supervised], tokens[supervised]) and rows.supervised[number] == supervised.sum()
+        assert torch.equal(labels[supervised], tokens[supervised]) and torch.equal(marks == 1, supervised)
+        assert rows.supervised[number] == supervised.sum()
         assert pictures == row["pictures"] and rows.kinds[number] == row["kind"]
 
 
@@ -2353,6 +2449,20 @@ def test_lengths_are_those_of_the_stream(emoji, mixed, aspect):
             assert rows.lengths[i] == len(stream.ids) == sum(stream.seqlens)
             with torch.no_grad():
                 assert rows.supervised[i] == model(**batch)[1] > 0
+
+
+@pytest.mark.parametrize("labels", ["answer", "llava"])
+def test_gates_see_no_answer(mixed, labels):
+    """Whatever is supervised, W stays the same when every token of the answers is another one."""
+    model = tiny_model(mixed / labels)
+    rows = train.Rows(mixed / labels, "train", model.config)
+    chosen = [i for i in range(len(rows)) if rows[i][2]][:6]
+    batch, marks = rows.batch(chosen), torch.cat([rows[i][1] for i in chosen])
+    _, _, W = model(**batch)
+    batch["tokens"] = torch.where(marks == 1, (batch["tokens"] + 7) % 50, batch["tokens"])
+    _, _, other = model(**batch)
+    assert W.keys() == {0, 1} and all(torch.equal(W[l], other[l]) for l in W)
+    assert all(W[l].std(0).min() > 1e-4 for l in W)  # and it does depend on the prompt
 
 
 def test_blind_rows_hold_no_picture(emoji, mixed):
@@ -2465,7 +2575,7 @@ def test_contrast_teaches_the_encoder(emoji, mixed, tmp_path, monkeypatch):
         if "k_proj.bias" not in name:  # adds the same to every score: no gradient
             assert torch.equal(value, fresh[name]) != name.startswith(moved), name
     monkeypatch.undo()
-    with pytest.raises(cli.InputError, match="needs one picture a row"):
+    with pytest.raises(cli.InputError, match="needs rows of one picture each"):
         train.train(settings(mixed / "answer", tmp_path / "no", objective="contrast", batch_tokens=10_000))
 
 
@@ -2477,6 +2587,15 @@ def test_bfloat16_and_checkpointing_come_close(few, tmp_path):
     assert plain != half and plain == pytest.approx(half, rel=0.01)
     weights = load_file(tmp_path / "half/model.safetensors")
     assert {value.dtype for value in weights.values()} == {torch.float32}
+
+
+def test_clip_0_does_not_clip(few, tmp_path):
+    """--clip 0 is no clipping: as with a norm that no gradient reaches."""
+    after = []
+    for name, clip in (("none", 0.0), ("high", 1e9)):
+        train.train(settings(few, tmp_path / name, steps=2, clip=clip))
+        after.append(load_file(tmp_path / name / "model.safetensors"))
+    assert all(torch.equal(after[0][name], after[1][name]) for name in after[0])
 
 
 def test_frozen_parts_do_not_change(emoji, tmp_path, monkeypatch):
@@ -2691,6 +2810,12 @@ def test_train_mistakes_are_one_line(few, mixed, tmp_path, monkeypatch, capsys):
     for name, text in (("seeed", '{"seeed": 1}'), ("broken", "{"), ("many", '{"steps": "many"}'), ("empty", "{}"),
                        ("numbers", "[1, 2]")):  # fmt: skip
         (tmp_path / f"{name}.json").write_text(text)
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut/state.pt").write_bytes(b"cut off")
+    manifest = json.loads((few / "manifest.json").read_text())
+    manifest["splits"] = {"train": manifest["splits"]["train"]}
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "alone/manifest.json").write_text(json.dumps(manifest))
     (tmp_path / "damaged").mkdir()
     for name, data in contents(few).items():
         (tmp_path / "damaged" / name).write_bytes(data[:1000] if name.startswith("train-") else data)
@@ -2715,12 +2840,18 @@ def test_train_mistakes_are_one_line(few, mixed, tmp_path, monkeypatch, capsys):
         ([*tiny, "--split", "tune"], "has no split 'tune', only encode, pretrain, train, val_seen"),
         ([*tiny, "--data", tmp_path / "damaged"], "train-00000.safetensors: missing or damaged"),
         ([*tiny, "--fusion", "all"], "unknown fusion preset 'all'"),
-        ([*tiny, "--fusion", "cli", "--fusion_fields", '{"rank": 3}'], "setting fusion_fields: "),
+        ([*tiny, "--fusion", "cli", "--fusion_fields", '{"rank": 3}'], "settings fusion and fusion_fields: "),
+        ([*tiny, "--fusion", "cli", "--fusion_fields", '{"decoder_layers": ["a"]}'], "settings fusion and"),
+        ([*tiny, "--beta2", 1], "beta2 must be below 1"),
+        ([*tiny, "--lr_decoder", "nan"], "setting lr_decoder: got nan"),
+        ([*tiny, "--out", tmp_path / "cut"], "checkpoint is damaged"),
+        (["--evaluate", tmp_path / "done", "--data", tmp_path / "alone"], "has no validation split"),
+        (["--evaluate", tmp_path / "done", "--data", few, "--questions", -1], "cannot be negative"),
         ([*tiny, "--model", '{"vision": {}}'], "setting model: 'decoder'"),
         ([*tiny, "--image_aspect_ratio", "wide"], "image_aspect_ratio 'wide': expected pad"),
-        ([*tiny, "--max_length", 3], "has at most 3 tokens"),
+        ([*tiny, "--max_length", 3], "has an answer and at most 3 tokens"),
         ([*tiny, *frozen], "every learning rate is 0"),
-        ([*tiny, "--lr_decoder", 1e30, "--clip", 1e30, "--steps", 9], "lower the learning rates"),
+        ([*tiny, "--lr_decoder", 1e30, "--clip", 1e30, "--steps", 9], "with lower learning rates"),
         ([*tiny, "--out", tmp_path / "done", "--seed", 5], "holds a run with other settings"),
         ([*tiny, "--data", mixed / "answer", "--init_from", tmp_path / "nowhere"], "neither a folder nor"),
         (["--evaluate", tmp_path / "nowhere", "--data", few], "neither a folder nor a hub id"),
@@ -2743,6 +2874,23 @@ def test_data_made_anew_is_noticed(few, emoji, tmp_path, monkeypatch):
     (tmp_path / "data/manifest.json").write_text(json.dumps({**manifest, "tokenizer_sha256": "other"}))
     with pytest.raises(cli.InputError, match="was made with another tokenizer"):
         train.train(settings(tmp_path / "data", tmp_path / "more", init_from=str(tmp_path / "run"), fusion="none"))
+
+
+def test_a_stage_notices_that_an_earlier_one_changed(few, tmp_path):
+    """A run does not go on, nor count as finished, if the model it starts from was trained anew in another way."""
+    first, second = (settings(few, tmp_path / name, steps=1, fusion="none", fusion_fields={}) for name in "ab")
+    second.init_from = first.out
+    train.train(first)
+    train.train(second)
+    train.train(second)  # finished before
+    shutil.rmtree(first.out)
+    train.train(dataclasses.replace(first, seed=1))
+    with pytest.raises(cli.InputError, match="other settings, init_sha256"):
+        train.train(second)
+    shutil.move(second.out, tmp_path / "moved")  # a folder may be moved
+    shutil.rmtree(first.out)
+    train.train(first)
+    train.train(dataclasses.replace(second, out=str(tmp_path / "moved")))
 
 
 # ---- evaluation
@@ -2811,8 +2959,8 @@ def test_evaluate_generates(few, tmp_path):
     lines = [line for line in lines if line["split"] == "val_pair"]
     for split in ("val_seen", "val_concept", "val_pair", "val_scene"):
         rows = train.Rows(few, split, model.config)
-        for i, (tokens, labels, pictures) in enumerate(rows[j] for j in range(len(rows))):
-            prompt = tokens[: int((labels != IGNORE).nonzero()[0])].tolist()
+        for i, (tokens, marks, pictures) in enumerate(rows[j] for j in range(len(rows))):
+            prompt = tokens[: int((marks == 1).nonzero()[0])].tolist()
             pictures = [scenes.open_picture(p) for p in pictures]
             ids = [step[0] for step in model.generate([prompt], [pictures], max_new_tokens=32, repetition_penalty=1.0)]
             if split == "val_pair":
@@ -2851,8 +2999,8 @@ def test_fusion_score_is_greedy_decoding(emoji, context):
     rows = train.Rows(emoji, "val_seen", model.config)
     items, expected, gates = [], [], []
     for i in (0, 4, 9):
-        tokens, labels, data = rows[i]
-        prompt = tokens[: int((labels != IGNORE).nonzero()[0])]
+        tokens, marks, _ = rows[i]
+        prompt = tokens[: int((marks == 1).nonzero()[0])]
         picture = cli.prepare_image(scenes.open_picture(rows[0][2][0]), model.config)
         answer = [step[0] for step in model.generate([prompt.tolist()], [[picture]], max_new_tokens=4)]
         assert len(answer) == 4

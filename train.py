@@ -92,7 +92,7 @@ class TrainConfig:
     warmup: float = setting(0.03, "share of the steps over which the learning rate rises; then cosine to 0")
     weight_decay: float = setting(0.0, "AdamW's, on matrices only")
     beta2: float = setting(0.99, "AdamW's second beta")
-    clip: float = setting(1.0, "largest norm of the gradient")
+    clip: float = setting(1.0, "largest norm of the gradient; 0: any")
     checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, a third more time")
     shard: bool = setting(False, "split weights, gradients and optimiser states over the ranks, as 7B needs")
     save_minutes: float = setting(5.0, "minutes between checkpoints")
@@ -106,12 +106,14 @@ class TrainConfig:
             value, kind = getattr(self, f.name), type(f.default_factory())
             if type(value) is not kind and not (kind is float and type(value) is int):
                 raise InputError(f"setting {f.name}: got {value!r}, expected {kind.__name__}")
-            if kind in (int, float) and value < (f.name == "batch_rows"):
+            if kind in (int, float) and not value >= (f.name == "batch_rows"):  # nan neither
                 raise InputError(f"setting {f.name}: got {value}, expected at least {int(f.name == 'batch_rows')}")
         if self.objective not in ("answers", "contrast"):
             raise InputError(f"setting objective: got {self.objective}, expected answers or contrast")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise InputError(f"setting dtype: got {self.dtype}, expected auto, float32 or bfloat16")
+        if self.beta2 >= 1 or self.seed >= 2**32:
+            raise InputError("setting beta2 must be below 1, setting seed below 2**32")
 
 
 # Which layers take which levels, and agf_norm and level_norm, which differ from the paper (README, "Choices").
@@ -163,7 +165,8 @@ def read_manifest(folder, split):
 
 
 class Rows:
-    """The rows of one split, memory-mapped. rows[i] -> tokens int64[T], labels int64[T], bytes of its pictures."""
+    """The rows of one split, memory-mapped. rows[i] -> tokens int64[T], marks uint8[T], bytes of its pictures; marks: 1
+    is part of an answer, 2 is supervised all the same (prepare_data.py --labels llava), 0 is not."""
 
     def __init__(self, folder, split, config, blind=False):
         self.config, self.blind = config, blind
@@ -176,14 +179,14 @@ class Rows:
             except (OSError, SafetensorError) as e:
                 raise InputError(f"{file}: missing or damaged ({e}): make the data again") from e
             ends, pictures, sizes = (shard[name].tolist() for name in ("row_offsets", "row_pictures", "picture_sizes"))
-            counts = [0, *shard["answer"].long().cumsum(0).tolist()]
+            counts = [0, *(shard["answer"] > 0).cumsum(0).tolist()]
             for i, kind in enumerate(shard["kind"].tolist()):
                 start, end, first, last = *ends[i : i + 2], *pictures[i : i + 2]
                 seen = 0 if blind else sum(picture_tokens(config, w, h, last - first > 1) for w, h in sizes[first:last])
                 self.where.append((shard, start, end, first, last))
                 self.lengths.append(end - start - (last - first) + seen)
                 # the first token of a row has nothing before it to be predicted from
-                self.supervised.append(counts[end] - counts[start] - int(shard["answer"][start]))
+                self.supervised.append(counts[end] - counts[start] - int(shard["answer"][start] > 0))
                 self.kinds.append(manifest["kinds"][kind])
 
     def __len__(self):
@@ -191,20 +194,21 @@ class Rows:
 
     def __getitem__(self, i):
         shard, start, end, first, last = self.where[i]
-        tokens = shard["tokens"][start:end].long()
-        labels = tokens.masked_fill(shard["answer"][start:end] == 0, IGNORE)
+        tokens, marks = shard["tokens"][start:end].long(), shard["answer"][start:end]
         if self.blind:
             text = tokens != IMAGE_TOKEN
-            return tokens[text], labels[text], []
+            return tokens[text], marks[text], []
         offsets = shard["picture_offsets"][first : last + 1].tolist()
-        return tokens, labels, [shard["pictures"][a:b].numpy().tobytes() for a, b in zip(offsets, offsets[1:])]
+        return tokens, marks, [shard["pictures"][a:b].numpy().tobytes() for a, b in zip(offsets, offsets[1:])]
 
     def batch(self, rows):
-        """Row numbers -> arguments of CLI.forward: tokens, pictures, seqlens, labels of one flat stream."""
+        """Row numbers -> arguments of CLI.forward: tokens, pictures, seqlens, labels and context of one flat stream."""
         items = [self[i] for i in rows]
+        tokens, marks = torch.cat([t for t, _, _ in items]), torch.cat([m for _, m, _ in items])
         pictures = [cli.prepare_image(open_picture(p), self.config, len(ps) > 1) for *_, ps in items for p in ps]
-        return {"tokens": torch.cat([t for t, _, _ in items]), "pictures": pictures,
-                "seqlens": [len(t) for t, _, _ in items], "labels": torch.cat([y for _, y, _ in items])}
+        return {"tokens": tokens, "pictures": pictures, "seqlens": [len(t) for t, _, _ in items],
+                "labels": tokens.masked_fill(marks == 0, IGNORE),
+                "context": torch.cat([(m == 1).cumsum(0) == 0 for _, m, _ in items])}  # the gates see no answer
 
 
 @functools.cache
@@ -265,7 +269,7 @@ def build_model(cfg, manifest):
         if not base.vision:
             raise InputError(f"{cfg.init_from} has no vision encoder: name one with --vision")
         fusion = make_fusion(cfg, base.decoder, base.vision, gate_bias_init=-4.0) if cfg.fusion != "none" else None
-        model = load(fusion=fusion, dtype="float32")
+        model = load(fusion=fusion, dtype="float32", quiet=dist.is_initialized() and dist.get_rank() > 0)
         check_tokenizer(model, cfg.init_from, cfg.data, manifest)
         return model
     tokenizer = cli.Tokenizer((Path(cfg.data) / "tokenizer.json").read_text(encoding="utf-8"))
@@ -285,8 +289,8 @@ def make_fusion(cfg, decoder, vision, **defaults):
     fields = {**defaults, **cfg.fusion_fields}
     try:
         return cli.fusion_preset(cfg.fusion, decoder.num_hidden_layers, vision.num_hidden_layers, **fields)
-    except TypeError as e:
-        raise InputError(f"setting fusion_fields: {e}") from e
+    except (TypeError, ValueError) as e:
+        raise InputError(f"settings fusion and fusion_fields: {e}") from e
 
 
 def check_tokenizer(model, source, data, manifest):
@@ -400,13 +404,13 @@ def feed(model, batch, autocast, objective="answers"):
         return contrast(model, **batch) if objective == "contrast" else model(**batch)
 
 
-def contrast(model, tokens, pictures, seqlens, labels):
+def contrast(model, tokens, pictures, seqlens, labels, **_):
     """How a fresh vision encoder learns to see, as SigLIP and CLIP do: the mean projected token of a row's picture
     should point where the sum of the embeddings of its own answers does, more than those of the other rows of the batch
     -> (sum of cross-entropies, number of rows, no gates). The decoder's loss alone taught a fresh encoder next to
     nothing in the same time."""
-    if len(pictures) != len(seqlens):
-        raise InputError(f"--objective contrast needs one picture a row, got {len(pictures)} in {len(seqlens)} rows")
+    if any((row == IMAGE_TOKEN).sum() != 1 for row in tokens.split(seqlens)):
+        raise InputError("--objective contrast needs rows of one picture each")
     final = model.config.vision.num_hidden_layers
     pixels = torch.cat([p.crops[:1] for p in pictures]).to(model.device)
     seen = model.projector(model.vision(pixels, [final])[final]).mean(1)
@@ -431,7 +435,7 @@ def backward(model, batches, total, autocast, objective="answers"):
         (loss / total).backward()
         loss_sum += loss.item()
         fed += len(batch["tokens"]) + sum(cli.visual_tokens(p, model.config) - 1 for p in batch["pictures"])
-        seen = torch.stack([(t == cli.IMAGE_TOKEN).any() for t in batch["tokens"].split(batch["seqlens"])])
+        seen = torch.stack([(t == IMAGE_TOKEN).any() for t in batch["tokens"].split(batch["seqlens"])])
         for l, w in new.items():  # W of a row without a picture says nothing
             gates.setdefault(l, []).append(w[seen].mean().item())
     return loss_sum, {l: round(sum(w) / len(w), 4) for l, w in gates.items()}, fed
@@ -461,11 +465,11 @@ def take_step(model, optimizers, batches, total, step, steps, cfg, autocast):
     model.zero_grad(set_to_none=True)
     loss, gates, fed = backward(model, batches, total, autocast, cfg.objective)
     loss = sum_over_ranks(model, loss) / total
-    norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], cfg.clip)
+    norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], cfg.clip or math.inf)
     norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     if not math.isfinite(loss) or not math.isfinite(norm):
-        raise InputError(f"{cfg.out}, step {step}: loss {loss}, gradient norm {norm}: lower the learning rates, or go "
-                         "back to the last checkpoint")
+        raise InputError(f"{cfg.out}, step {step}: loss {loss}, gradient norm {norm}: begin again with lower learning "
+                         "rates in another --out")
     for optimizer in optimizers:
         optimizer.step()
     return loss, norm, gates, fed
@@ -491,14 +495,19 @@ def commit():
         return "unknown"
 
 
+FREE = ("out", "device", "save_minutes", "eval_every")  # settings that may differ when a run goes on
+
+
 def earlier_run(out, settings):
     """What a run of the same settings left in its folder -> (facts of a finished one, checkpoint), {} for none."""
     facts, state = cli.read_json(out / "train.json", {}), {}
-    if not facts and (out / "state.pt").exists():
-        state = torch.load(out / "state.pt", map_location="cpu", weights_only=True)
-    before = (facts or state).get("config", {})
-    free = ("device", "save_minutes", "eval_every")  # may differ
-    if wrong := [f"{k}={v!r}" for k, v in before.items() if k not in free and v != settings.get(k)]:
+    try:
+        if not facts and (out / "state.pt").exists():
+            state = torch.load(out / "state.pt", map_location="cpu", weights_only=True)
+        before = (facts or state or {"config": {}})["config"]
+    except Exception as e:  # pickle and zip each have errors of their own
+        raise InputError(f"{out}: its checkpoint is damaged, delete it: {str(e).splitlines()[0]}") from e
+    if wrong := [f"{k}={v!r}" for k, v in before.items() if k not in FREE and v != settings.get(k)]:
         raise InputError(f"{out} holds a run with other settings, {', '.join(wrong)}: give another --out, or delete it")
     return facts, state
 
@@ -509,6 +518,8 @@ def train(cfg):
     say = print if rank == 0 else lambda *a, **k: None
     manifest = read_manifest(cfg.data, cfg.split)
     out, settings = Path(cfg.out), {**dataclasses.asdict(cfg), "data_sha256": sha256(json.dumps(manifest))}
+    if cfg.init_from and (earlier := cli.read_json(Path(cfg.init_from) / "train.json", {})):  # trained here, and how
+        settings["init_sha256"] = sha256(json.dumps({k: v for k, v in earlier["config"].items() if k not in FREE}))
     finished, state = earlier_run(out, settings)
     if finished:
         return say(f"{out}: finished before, loss {finished['loss']:.4f}")
@@ -532,7 +543,7 @@ def train(cfg):
 
     rows, usable = read(cfg.split)
     if not usable:
-        raise InputError(f"no row of {cfg.data} ({cfg.split}) has at most {longest} tokens")
+        raise InputError(f"no row of {cfg.data} ({cfg.split}) has an answer and at most {longest} tokens")
     dev_split = next((s for s in ("dev", "val") if s in manifest["splits"]), None)
     dev, dev_usable = read(dev_split) if dev_split and cfg.eval_every else (None, [])
     steps = cfg.steps or max(1, round(cfg.epochs * len(usable) / cfg.batch_rows))
@@ -556,7 +567,7 @@ def train(cfg):
             path.unlink()
         log = out / "log.jsonl"
         lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-        cli.write_whole(log, lambda path: path.write_text("".join(lines[:start])))  # later steps are run again
+        cli.write_text(log, "".join(lines[:start]))  # later steps are run again
         log = open(log, "a")
     matrix_flops = 6 * sum(p.numel() for n, p in model.named_parameters() if p.ndim > 1 and "embed_tokens" not in n)
     gpu = re.split(r"[\s-]", torch.cuda.get_device_name()) if device.type == "cuda" else []
@@ -613,7 +624,7 @@ def train(cfg):
         facts = {"config": settings, "commit": commit(), "torch": torch.__version__, "device": str(device),
                  "steps": steps, "dtype": str(dtype)[6:], "loss": loss, "dev_loss": line.get("dev_loss"),
                  "seconds": round(seconds, 1)}
-        cli.write_whole(out / "train.json", lambda path: path.write_text(json.dumps(facts, indent=1) + "\n"))
+        cli.write_text(out / "train.json", json.dumps(facts, indent=1) + "\n")
         (out / "state.pt").unlink(missing_ok=True)
     say(f"{out}: done in {seconds / 60:.1f} min")
 
@@ -638,9 +649,9 @@ def answers(model, rows, name, limit=0):
     for chosen in tqdm(micro_batches(rows, range(len(out)), 16384), desc=name, unit="batch"):
         prompts, pictures, expected = [], [], []
         for i in chosen:
-            tokens, labels, data = rows[i]
-            first = int((labels != IGNORE).nonzero()[0])
-            end = first + int((labels[first:] != IGNORE).cumprod(0).sum())  # where the first answer ends
+            tokens, marks, data = rows[i]
+            first = int((marks == 1).nonzero()[0])
+            end = first + int((marks[first:] == 1).cumprod(0).sum())  # where the first answer ends
             prompts.append(tokens[:first].tolist())
             pictures.append([open_picture(p) for p in data])
             expected.append(model.tokenizer.decode(tokens[first:end].tolist()).strip())
@@ -654,8 +665,8 @@ def answers(model, rows, name, limit=0):
 def majority(rows):
     """{kind: tokens of its most frequent answer}."""
     counts = {}
-    for kind, (_, labels, _) in zip(rows.kinds, rows):
-        counts.setdefault(kind, Counter())[tuple(labels[labels != IGNORE].tolist())] += 1
+    for kind, (tokens, marks, _) in zip(rows.kinds, rows):
+        counts.setdefault(kind, Counter())[tuple(tokens[marks == 1].tolist())] += 1
     return {kind: c.most_common(1)[0][0] for kind, c in counts.items()}
 
 
@@ -673,7 +684,7 @@ def put_between_marks(page, tables):
         text, found = re.subn(rf"(?s)(<!-- {mark} -->\n).*?(<!-- end -->)", lambda m, new=new: m[1] + new + m[2], text)
         if not found:
             raise InputError(f"{page} has no lines <!-- {mark} --> and <!-- end --> to put the table between")
-    cli.write_whole(Path(page), lambda path: path.write_text(text, encoding="utf-8"))
+    cli.write_text(Path(page), text)
 
 
 def accuracy_table(scores, columns):
@@ -700,19 +711,25 @@ def gates_table(opened, levels):
 
 def evaluate(source, blind_source, data, readme=None, device="auto", limit=0):
     """Accuracy (exact match) by split and kind of the model, its blind twin and the majority answer, and the mean W by
-    kind: printed as tables, and written to eval.json in the model's folder, every answer to answers.jsonl."""
+    kind: printed as tables, and written to eval.json in the model's folder (of one from the hub: in out/eval/NAME),
+    every answer to answers.jsonl."""
     device, _ = cli.pick_device(device)
     manifest = read_manifest(data, "train")
+    splits = [split for split in manifest["splits"] if split.startswith("val")]
+    if not splits:
+        raise InputError(f"{data} has no validation split: make it with prepare_data.py --val N")
     models = {}
     for who, path in (("model", source), ("blind", blind_source)):
         if path:
             models[who] = CLI.from_pretrained(path, device=device, dtype="float32", quiet=True)
             check_tokenizer(models[who], path, data, manifest)
     model = models["model"]
+    if not model.vision:
+        raise InputError(f"{source} has no vision encoder")
     most = {kind: model.tokenizer.decode(ids).strip()
             for kind, ids in majority(Rows(data, "train", model.config, blind=True)).items()}
     scores, opened, lines = {}, {}, []
-    for split in (s for s in manifest["splits"] if s.startswith("val")):
+    for split in splits:
         scores[split] = {}
         for who, m in models.items():
             rows = Rows(data, split, m.config, who == "blind")
@@ -732,10 +749,10 @@ def evaluate(source, blind_source, data, readme=None, device="auto", limit=0):
         means, tables["gates"] = gates_table(opened, dict(model.config.fusion.routes))
         print("\nmean W, decoder layer <- vision levels\n" + "\n".join(tables["gates"]))
     facts = {"model": str(source), "data_seed": manifest["seed"], "commit": commit(), "scores": scores, "gates": means}
-    write = functools.partial(Path.write_text, encoding="utf-8")
-    cli.write_whole(Path(source) / "eval.json", lambda path: write(path, json.dumps(facts, indent=1) + "\n"))
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    cli.write_whole(Path(source) / "answers.jsonl", lambda path: write(path, text))
+    out = Path(source) if Path(source).is_dir() else Path("out/eval") / Path(source).name
+    out.mkdir(parents=True, exist_ok=True)
+    cli.write_text(out / "eval.json", json.dumps(facts, indent=1) + "\n")
+    cli.write_text(out / "answers.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     if readme:
         put_between_marks(readme, {f"nano {name}": table for name, table in tables.items()})
 
@@ -773,6 +790,8 @@ def parse(argv):
         shown = "" if isinstance(default, dict) else f" (default: {default})"
         parser.add_argument(f"--{name}", default=None, help=f.metadata["help"] + shown, **kind)
     args, unknown = parser.parse_known_args(argv)
+    if args.questions < 0 or args.ranks < 0:
+        raise InputError("--questions and --ranks cannot be negative")
     if unknown:
         raise unknown_name(f"unknown argument {unknown[0]}", unknown[0].split("=")[0], [f"--{k}" for k in vars(args)])
     given = {name: getattr(args, name) for name in fields if getattr(args, name) is not None}
@@ -814,7 +833,7 @@ def start_ranks(n):
     for rank in range(1, n):  # rank 0 does the talking
         environment = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank)}
         child = subprocess.Popen([sys.executable, *sys.argv], env=environment, stdout=subprocess.DEVNULL,
-                                 stderr=subprocess.DEVNULL)
+                                 stderr=subprocess.DEVNULL, start_new_session=True)  # Ctrl-C is for rank 0
         atexit.register(child.kill)
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0"}
     torch.set_num_threads(threads)
@@ -842,6 +861,10 @@ def main():
                 dist.barrier()
     except KeyboardInterrupt:
         print("\nthe same command goes on from the last checkpoint", file=sys.stderr)
+        raise
+    except RuntimeError as e:
+        if "by peer" in str(e):  # closed or reset: what a collective says when the other side is gone
+            raise InputError("another process of this run ended; with --ranks 1 the same command says why") from e
         raise
     if not args.config and args.recipe in ("nano", "quick") and (not dist.is_initialized() or dist.get_rank() == 0):
         print(f"training: {(time.time() - began) / 60:.1f} min")

@@ -124,8 +124,8 @@ def cache(args, split, count, levels):
     chosen = list(itertools.islice(((i, recipe) for i, recipe in recipes if recipe["grid"] <= 2), count))
 
     def concept(i, recipe):
-        tokens, labels, _ = rows[i]
-        prompt = tokens[(labels == IGNORE) & (tokens >= 0)].tolist()
+        tokens, marks, _ = rows[i]
+        prompt = tokens[(marks == 0) & (tokens >= 0)].tolist()
         return concept_of(rows.kinds[i], model.tokenizer.decode(prompt), recipe)
 
     def write(file):
@@ -171,8 +171,9 @@ class Cached:
 
     def batch(self, chosen):
         items = [self.rows[self.chosen[i]] for i in chosen]
-        return {"tokens": torch.cat([t for t, _, _ in items]), "pictures": [self.picture(i) for i in chosen],
-                "seqlens": [len(t) for t, _, _ in items], "labels": torch.cat([y for _, y, _ in items])}
+        tokens, marks = torch.cat([t for t, _, _ in items]), torch.cat([m for _, m, _ in items])
+        return {"tokens": tokens, "pictures": [self.picture(i) for i in chosen],
+                "seqlens": [len(t) for t, _, _ in items], "labels": tokens.masked_fill(marks == 0, IGNORE)}
 
 
 class Levels(torch.nn.Module):

@@ -148,14 +148,9 @@ def open_picture(data: bytes) -> Image.Image:
     return picture
 
 
-def picture_size(data: bytes) -> tuple:
-    """(width, height) of a row's picture; an image file is decoded, so that a damaged one is found here."""
-    if not data.startswith(b"{"):
-        return cli.load_image(data).size
-    try:
-        return (json.loads(data)["grid"] * load_emoji()[0]["cell"],) * 2
-    except (KeyError, ValueError) as e:
-        raise InputError("neither a picture nor a recipe") from e
+def recipe_size(data: bytes) -> tuple:
+    """(width, height) of the picture that a recipe makes."""
+    return (json.loads(data)["grid"] * load_emoji()[0]["cell"],) * 2
 
 
 def group(concepts: list, labels) -> dict:
