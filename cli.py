@@ -1372,14 +1372,17 @@ def pick_dtype(name, device):
 
 
 def peak_memory(device):
-    """GiB: what CUDA allocated at most, elsewhere the largest resident size of this process."""
+    """GiB: what CUDA allocated at most, elsewhere the largest resident size of this process; nan where nobody says."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    if Path("/proc/self/status").exists():  # Linux, whose getrusage starts at the size of the parent process
+        return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**20
     try:
         import resource
-    except ImportError:  # Windows
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # macOS: bytes
+    except ImportError:
         return math.nan
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def run_program(main):

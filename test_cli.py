@@ -40,6 +40,7 @@ from assets.emoji import scenes
 from cli import CLI, IGNORE, IMAGE_TOKEN, PRESETS, Config, DecoderConfig, FusionConfig, InputError, VisionConfig
 from experiments import fusion as study
 from experiments import fusion_probe, fusion_report
+from experiments.tasks.nano import utils as nano_task
 
 torch.set_num_threads(1)  # the models are tiny: a second thread only waits
 torch.manual_seed(0)
@@ -3085,19 +3086,42 @@ def test_fusion_rate_is_chosen_by_the_first_seed_on_dev():
     assert study.best_rate(results, "scratch", "cli") is None
 
 
-def test_fusion_seed_keeps_its_encoder_and_dtype(tmp_path):
-    """Differences are taken within a seed: no run joins those made with another encoder or in another dtype."""
+def test_fusion_runs_that_do_not_belong_together(tmp_path):
+    """No run joins others that were asked other questions, those of its seed made with another encoder or in another
+    dtype, those of its variant trained for longer; nor starts from a model that was pre-trained in another way."""
     def spec(name, **fields):
-        return {"name": name, "regime": "tuned", "seed": 0, "encoder": "a", "dtype": "float32"} | fields
+        return {"name": name, "regime": "tuned", "variant": "cli", "seed": 0, "encoder": "a", "dtype": "float32",
+                "data": "d", "rows": 9, "questions": 8, "pretrain_steps": 7, "steps": 6, "batch_rows": 5,
+                "fields": {}} | fields  # fmt: skip
 
     study.write_json(tmp_path / "one.json", {"spec": spec("one")})
-    args = argparse.Namespace(results=tmp_path, jobs=1)
+    args = argparse.Namespace(results=tmp_path, work=tmp_path / "work", jobs=1)
     study.execute(args, [spec("one")])  # finished: nothing to do
-    for fields in ({"encoder": "b"}, {"dtype": "bfloat16"}):
-        with pytest.raises(InputError, match="seed 0 was begun with another encoder or dtype, a in float32"):
-            study.execute(args, [spec("two", **fields)])
+    for fields, other in (({"encoder": "b"}, {}), ({"dtype": "bfloat16"}, {}), ({"questions": 9}, {"seed": 1}),
+                          ({"steps": 7}, {"seed": 1})):  # fmt: skip
+        with pytest.raises(InputError, match=rf"holds one with {next(iter(fields))}="):
+            study.execute(args, [spec("two", **fields, **other)])
         with pytest.raises(InputError, match=r"one\.json is of a run with other settings"):
             study.execute(args, [spec("one", **fields)])
+    before = spec("pretrain-0", regime="pretrain")
+    study.write_json(tmp_path / "pretrain-0.json", {"spec": before})
+    assert not study.finished(args, before)
+    for kept, there in ((spec("pretrain-0", regime="pretrain", steps=1), False), (before, True)):
+        study.write_json(tmp_path / "work/pretrain-0/spec.json", kept)
+        assert study.finished(args, before) == there
+
+
+def test_questions_of_the_nano_task(emoji, tmp_path):
+    """What experiments/tasks/nano/utils.py writes down of a row: its question, its answer, its picture."""
+    nano_task.write_questions(tmp_path / "questions.jsonl", emoji, step=1, count=3)
+    lines = [json.loads(line) for line in (tmp_path / "questions.jsonl").read_text().splitlines()]
+    assert len(lines) == 3 * len(scenes.VALIDATION)
+    for split in scenes.VALIDATION:
+        rows = emoji_rows(split, 3, 700)
+        for line, row in zip((line for line in lines if line["split"] == split), rows):
+            (_, (*_, question)), (_, answer) = row["turns"]
+            assert (line["question"], line["answer"]) == (question.strip(), answer) and line["kind"] == row["kind"]
+            assert line["picture"].encode() == row["pictures"][0]
 
 
 def test_fusion_probe():

@@ -150,7 +150,7 @@ def read_lines(path):
 
 def write_lines(path, lines):
     text = "".join(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines)
-    cli.write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    cli.write_text(path, text)
 
 
 def open_run(out, settings):
@@ -257,7 +257,7 @@ def main():
                     e = e.last_attempt.exception()
                 failed.append(f"{task}: {str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__}")
     table = make_table(lines, beside) + "\n" + PAPER
-    cli.write_whole(args.out / "table.md", lambda path: path.write_text(table, encoding="utf-8"))
+    cli.write_text(args.out / "table.md", table)
     print(table)
     if failed:
         raise InputError("; ".join(failed))

@@ -12,7 +12,7 @@ import torch
 
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
-from cli import CLI, read_json, write_whole  # noqa: E402
+from cli import CLI, read_json, run_program, write_text  # noqa: E402
 
 
 def main():
@@ -21,12 +21,12 @@ def main():
     run, out = parser.parse_args().run, HERE / "assets/nano"
     CLI.from_pretrained(run / "tune", quiet=True).save_pretrained(out, dtype=torch.bfloat16)
     stages = {name: read_json(run / name / "train.json") for name in ("encode", "pretrain", "tune")}
-    write_whole(out / "train.json", lambda path: path.write_text(json.dumps(stages, indent=1) + "\n"))
+    write_text(out / "train.json", json.dumps(stages, indent=1) + "\n")
     log = "".join(json.dumps({"stage": name, **json.loads(line)}) + "\n"
                   for name in stages for line in (run / name / "log.jsonl").read_text().splitlines())
-    write_whole(out / "log.jsonl", lambda path: path.write_text(log))
+    write_text(out / "log.jsonl", log)
     print(f"{out}: {sum(p.stat().st_size for p in out.iterdir()) / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -1,6 +1,6 @@
 """Draw the pictures that sample.py shows by default, from the validation splits: nothing in them was trained on.
 
-    python experiments/example_pictures.py --single 12 --scene 40
+    python experiments/example_pictures.py --single 444 --scene 66
 
 A single drawing whose (thing, artist) pair is held out (val_pair), and a scene whose things stand on colours that they
 never stood on in training (val_scene); by row number. Writes assets/pictures/{single,scene}.png with what they show.
@@ -13,7 +13,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
 from assets.emoji.scenes import load_emoji, open_picture  # noqa: E402
-from cli import Config, write_whole  # noqa: E402
+from cli import Config, run_program, write_text, write_whole  # noqa: E402
 from train import Rows  # noqa: E402
 
 
@@ -32,8 +32,8 @@ def main():
         shows[name] = {"split": split, "row": row, "cells": [
             {"what": concepts[key]["name"], "artist": artist, "background": colour}
             for key, artist, _, _, _, colour, _ in json.loads(data)["cells"]]}
-    write_whole(out / "pictures.json", lambda path: path.write_text(json.dumps(shows, indent=1) + "\n"))
+    write_text(out / "pictures.json", json.dumps(shows, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -4,7 +4,7 @@
     python experiments/fusion.py run                     the main table: prints plan and estimate, then works it off
     python experiments/fusion.py run --part scratch      the same without pre-training of the decoder
     python experiments/fusion.py run --part sweeps       what the paper leaves open, three seeds each
-    python experiments/fusion.py plan                    the estimate alone
+    python experiments/fusion.py plan                    the estimate alone (trains the encoder if there is none)
     python experiments/fusion_report.py                  tables and figures, from the files of the finished runs
 
 A run writes one JSON file into experiments/results/fusion once it is done; the same command goes on with those that are
@@ -103,7 +103,7 @@ def file_hash(path):
 
 def write_json(path, value):
     path.parent.mkdir(parents=True, exist_ok=True)
-    cli.write_whole(path, lambda path: path.write_text(json.dumps(value, ensure_ascii=False) + "\n", encoding="utf-8"))
+    cli.write_text(path, json.dumps(value, ensure_ascii=False) + "\n")
 
 
 @torch.inference_mode()
@@ -138,6 +138,7 @@ def cache(args, split, count, levels):
                 found = torch.stack([taps[k] for k in levels], 1).to(torch.bfloat16).cpu()
                 f.write(found.view(torch.int16).numpy().tobytes())
 
+    path.unlink(missing_ok=True)  # it says what the levels are: never those of other levels
     cli.write_whole(args.work / f"{split}.bin", write)
     write_json(path, {"key": key, "rows": [i for i, _ in chosen], "grids": [r["grid"] for _, r in chosen],
                       "concepts": [concept(*x) for x in chosen] if split.startswith("val") else None})  # fmt: skip
@@ -148,6 +149,8 @@ class Cached:
 
     def __init__(self, args, split, config):
         facts = cli.read_json(args.work / f"{split}.json")
+        if facts["key"]["encoder"] != file_hash(args.encoder / "model.safetensors"):
+            raise InputError(f"{args.work} holds the levels of another encoder: give another --work")
         self.levels, self.chosen, self.grids = facts["key"]["levels"], facts["rows"], facts["grids"]
         self.rows = train.Rows(args.data, split, config)
         self.lengths, self.supervised, self.kinds = ([getattr(self.rows, name)[i] for i in self.chosen]
@@ -200,6 +203,8 @@ def build(args, cfg, levels):
     """The model of a run, fresh parts drawn with its seed -> model, its encoder, number of parameters."""
     model = train.build_model(cfg, train.read_manifest(cfg.data, cfg.split))
     model.config = dataclasses.replace(model.config, image_aspect_ratio="anyres_max_9")
+    if not cfg.init_from:  # parameters are drawn in order: these apart from AMP's and AGF's, alike in all variants
+        model.init_weights(("decoder", "projector", "image_newline"), cfg.seed)
     model.init_weights(("amp", "agf"), cfg.seed)
     count = sum(p.numel() for p in model.parameters())
     encoder, model.vision = model.vision, Levels(levels)
@@ -312,6 +317,7 @@ def pretrain(args, spec):
     curve, _ = fit(args, model, Cached(args, "pretrain", model.config), cfg)
     model.vision = encoder
     model.save_pretrained(args.work / spec["name"])
+    write_json(args.work / spec["name"] / "spec.json", spec)  # what starts from it looks here
     return {"curve": curve}
 
 
@@ -322,7 +328,7 @@ def run_one(args, spec):
         torch.set_num_threads(1)
     torch.manual_seed(spec["seed"])
     result = pretrain(args, spec) if spec["regime"] == "pretrain" else tune(args, spec)
-    facts = {"spec": spec, "commit": train.commit(), "torch": torch.__version__, "device": args.device_name,
+    facts = {"spec": spec, "commit": args.commit, "torch": torch.__version__, "device": args.device_name,
              "seconds": round(time.time() - began, 1), "gib": round(cli.peak_memory(device), 3)}
     write_json(args.results / (spec["name"] + ".json"), {**facts, **result})
     return f"{spec['name']}: {facts['seconds'] / 60:.1f} min, loss {result['curve'][-1]['loss']:.3f}"
@@ -436,16 +442,22 @@ def finished(args, spec):
     if found and (wrong := [f"{k}={found['spec'].get(k)!r}" for k in spec if found["spec"].get(k) != spec[k]]):
         raise InputError(f"{args.results}/{spec['name']}.json is of a run with other settings, {', '.join(wrong)}: "
                          "leave its seed out of --seeds, give another --results, or delete it")
-    return bool(found) and (spec["regime"] != "pretrain" or (args.work / spec["name"] / "model.safetensors").exists())
+    made = cli.read_json(args.work / spec["name"] / "spec.json", {})
+    return bool(found) and (spec["regime"] != "pretrain" or made == spec)
 
 
 def execute(args, specs):
     """Work off the missing runs, args.jobs at a time, each in a process of its own: so its memory is its own."""
     todo = [spec for spec in specs if not finished(args, spec)]
-    for spec, other in itertools.product(todo, load_results(args)):  # differences are taken within a seed
-        if spec["seed"] == other["spec"]["seed"] and any(spec[k] != other["spec"][k] for k in ("encoder", "dtype")):
-            raise InputError(f"seed {spec['seed']} was begun with another encoder or dtype, {other['spec']['encoder']} "
-                             f"in {other['spec']['dtype']}: leave it out of --seeds, or give another --results")
+    for spec, other in itertools.product(todo, load_results(args)):
+        # All runs of a study, of a seed (differences are taken within it), and of a variant have these in common.
+        keys = ["data", "rows", "questions", "pretrain_steps"]
+        keys += ["encoder", "dtype"] if spec["seed"] == other["spec"]["seed"] else []
+        same = (spec["regime"], spec["variant"]) == (other["spec"]["regime"], other["spec"]["variant"])
+        keys += ["steps", "batch_rows", "fields"] if same else []
+        if wrong := [f"{k}={other['spec'][k]!r}" for k in keys if spec[k] != other["spec"][k]]:
+            raise InputError(f"{args.results} holds {other['spec']['name']} with {', '.join(wrong)}: give another "
+                             f"--results, or leave seed {spec['seed']} out of --seeds")
     if todo:
         quiet = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}  # Ctrl-C is for the parent
         with multiprocessing.get_context("spawn").Pool(args.jobs, maxtasksperchild=1, **quiet) as pool:
@@ -474,7 +486,7 @@ def make_plan(args):
 
 def tell_plan(args, plan):
     """Print what the part consists of and how long it may take."""
-    seconds, each = plan["step_seconds"], len(args.seeds) - 1 + (1 if args.rate else 2)
+    seconds, each = plan["step_seconds"], len(args.seeds) + (SEEDS[0] in args.seeds and not args.rate)
     if args.part == "sweeps":
         runs = len(sweep_specs(args, 1e-3))
         work = runs * args.steps * seconds["cli"]
@@ -492,8 +504,8 @@ def tell_plan(args, plan):
 
 
 def best_rate(results, regime, variant):
-    """The learning rate with more right answers on the development split, by the first seed, which was tried at all of
-    them; None without a run."""
+    """The learning rate with more right answers on the development split, by the first seed there is; None without a
+    run."""
     runs = [r for r in results if (r["spec"]["regime"], r["spec"]["variant"]) == (regime, variant)]
     if not runs:
         return None
@@ -520,10 +532,12 @@ def run(args):
     cache(args, "train", args.rows, LEVELS)
     for split in ("dev", *VALIDATION):
         cache(args, split, args.questions, LEVELS)
-    questions = {split: cli.read_json(args.work / f"{split}.json")["concepts"] for split in VALIDATION}
     config = cli.CLI.from_pretrained(args.encoder, quiet=True).config
-    write_json(args.results / "questions.json", {split: {"concept": concepts, "kind": Cached(args, split, config).kinds}
-                                                 for split, concepts in questions.items()})  # fmt: skip
+    questions = {split: {"concept": cli.read_json(args.work / f"{split}.json")["concepts"],
+                         "kind": Cached(args, split, config).kinds} for split in VALIDATION}  # fmt: skip
+    if cli.read_json(args.results / "questions.json", questions) != questions:
+        raise InputError(f"the runs in {args.results} were asked other questions: give another --results")
+    write_json(args.results / "questions.json", questions)
     if args.part != "scratch":
         execute(args, pretrain_specs(args, args.seeds[:3] if args.part == "sweeps" else args.seeds))
     regime = "tuned" if args.part == "sweeps" else args.part
@@ -536,8 +550,11 @@ def run(args):
         if SEEDS[0] in args.seeds:
             rates = [args.rate] if args.rate else RATES[regime]
             execute(args, [main_spec(args, plan, regime, v, SEEDS[0], rate) for v in args.variants for rate in rates])
-        chosen = {v: args.rate or best_rate(load_results(args), regime, v) for v in args.variants}
-        if missing := [v for v in args.variants if not chosen[v]]:
+        results = load_results(args)
+        chosen = {v: args.rate or best_rate(results, regime, v) for v in args.variants}
+        tried = {(r["spec"]["regime"], r["spec"]["variant"], r["spec"]["rate"]) for r in results
+                 if r["spec"]["seed"] == SEEDS[0]}  # fmt: skip
+        if missing := [v for v in args.variants if not args.rate and {(regime, v, r) for r in RATES[regime]} - tried]:
             raise InputError(f"the learning rate of {', '.join(missing)} is chosen with seed {SEEDS[0]}: run that "
                              "first, or give --rate")
         execute(args, [main_spec(args, plan, regime, v, seed, chosen[v])
@@ -569,7 +586,7 @@ def main():
     for name in ("data", "encoder", "work", "results"):
         setattr(args, name, getattr(args, name).absolute())
     manifest = train.read_manifest(args.data, "train")
-    args.data_hash = train.sha256(json.dumps(manifest))[:16]
+    args.data_hash, args.commit = train.sha256(json.dumps(manifest))[:16], train.commit()
     device, _ = cli.pick_device(args.device)
     args.device, args.dtype = str(device), str(train.training_dtype(args.dtype, device)[0]).removeprefix("torch.")
     args.device_name = torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type}, one thread a run"

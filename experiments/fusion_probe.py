@@ -5,7 +5,7 @@
 Of every level, the mean over the patches of a drawing: how often softmax regression, trained on the study's training
 pictures of one thing, tells an attribute of the single things in two validation splits; and the share of the level's
 variance that lies between the classes. The first says whether something is still there, with every feature scaled to
-unit variance and training for as long as it helps; the second, how much of what a projector sees it makes up.
+unit variance (100 steps of L-BFGS, a fixed ridge); the second, how much of what a projector sees it makes up.
 """
 
 import argparse
@@ -21,7 +21,7 @@ HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
 import cli  # noqa: E402
 from assets.emoji.scenes import load_emoji  # noqa: E402
-from experiments.fusion import Cached, write_json  # noqa: E402
+from experiments.fusion import Cached, file_hash, write_json  # noqa: E402
 
 ATTRIBUTES = {  # how a cell of a picture's recipe says it
     "background": lambda cell, concept: cell[5],
@@ -98,7 +98,8 @@ def main():
     add("--work", type=Path, default=HERE / "out/fusion", help="where the levels are")
     add("--results", type=Path, default=HERE / "experiments/results/fusion", help="gets probe.json")
     args = parser.parse_args()
-    write_json(args.results / "probe.json", found := probe(args))
+    found, encoder = probe(args), file_hash(args.encoder / "model.safetensors")
+    write_json(args.results / "probe.json", {"encoder": encoder, "attributes": found})
     for attribute, facts in found.items():
         print(f"{attribute}: share of the variance {' '.join(f'{100 * x:.1f}' for x in facts['between'])} %")
         for split, told in facts["right"].items():

@@ -30,7 +30,8 @@ CLAIMS = (  # a claim of the paper, or a control: the first minus the second sho
     ("CLI is better than SLI", "cli", "sli", 1), ("the gate is critical: CLI beats W = 1", "cli", "amp", 1),
     ("AGF alone beats AMP alone", "agf", "amp", 1), ("AMP alone adds a little", "amp", "none", 1),
     ("it is the levels, not the parameters", "cli", "cli_final", 1),
-    ("injection in depth beats injection at the input", "cli", "input", 1),
+    ("CLI beats all levels once at the input", "cli", "input", 1),
+    ("depth beats the input, both without gates", "amp", "input", 1),
 )  # fmt: skip
 
 
@@ -279,7 +280,7 @@ def report(args):
     caption, main = "Accuracy of every variant, and learning curves", main_table(answers, "tuned")
     said = [sentences(answers)] if main else []
     put_between_marks(args.readme, {"fusion": [*shown(main), *pictures(args.readme, main=caption), *said]})
-    probes = probe_table(cli.read_json(args.results / "probe.json", {}))
+    probes = probe_table(cli.read_json(args.results / "probe.json", {}).get("attributes", {}))
     lines = ["### What the levels of the encoder hold", "", *shown(probes)]
     for regime, title in (("tuned", "From a pre-trained one-to-one model"), ("scratch", "From scratch")):
         lines += [f"### {title}", "", *shown(main_table(answers, regime)),

@@ -22,12 +22,12 @@ import json
 import math
 import os
 import shutil
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 STD = 0.02
 PIECE = 1 << 24  # numbers drawn and written at a time: 64 MB in fp32
@@ -127,7 +127,7 @@ def random_pieces(name, shape, generator):
         left -= n
 
 
-def write_safetensors(path, shapes, pieces, dtype=torch.bfloat16, progress=None):
+def write_safetensors(path, shapes, pieces, dtype=torch.bfloat16, bar=None):
     """A safetensors file written front to back, so that no tensor need be in memory as a whole. -> bytes of tensors
 
     shapes: {name: shape}; pieces(name) -> an iterable of tensors that, flattened and laid end to end, are that tensor.
@@ -147,8 +147,8 @@ def write_safetensors(path, shapes, pieces, dtype=torch.bfloat16, progress=None)
                     raise TypeError(f"{name}: a piece of {piece.dtype} for a file of {dtype}")
                 data = piece.contiguous().flatten().view(torch.uint8).numpy()
                 file.write(data)
-                if progress:
-                    progress(data.nbytes)
+                if bar:
+                    bar.update(data.nbytes)
             written = file.tell() - 8 - len(text)
             if written != header[name]["data_offsets"][1]:
                 raise ValueError(f"{name}: pieces end at byte {written}, not {header[name]['data_offsets'][1]}")
@@ -284,20 +284,17 @@ def tokenizer_rows(path):
     return max(ids) + 1
 
 
-class Progress:
-    """One line on standard error that counts up; only where somebody watches."""
+def begin(out):
+    """An empty folder beside `out`, to be renamed to it once it is complete -> its path"""
+    partial = out.with_name(out.name + ".partial")
+    if partial.exists():
+        shutil.rmtree(partial)  # what an interrupted run left
+    partial.mkdir(parents=True)
+    return partial
 
-    def __init__(self, total, what):
-        self.total, self.what, self.done, self.start, self.shown = total, what, 0, time.time(), 0.0
 
-    def __call__(self, n):
-        self.done += n
-        now = time.time()
-        if sys.stderr.isatty() and (now - self.shown > 0.2 or self.done == self.total):
-            self.shown, rate = now, self.done / max(now - self.start, 1e-9)
-            left = (self.total - self.done) / max(rate, 1.0)
-            text = f"{self.what}: {self.done / 1e9:.2f} of {self.total / 1e9:.2f} GB, {left:.0f} s left "
-            print("\r" + text, end="\n" if self.done == self.total else "", file=sys.stderr, flush=True)
+def progress_bar(total, out):
+    return tqdm(total=total, unit="B", unit_scale=True, desc=out.name)
 
 
 def write_checkpoint(size, out, tokenizer, seed=0, layout="lmms-lab"):
@@ -311,15 +308,11 @@ def write_checkpoint(size, out, tokenizer, seed=0, layout="lmms-lab"):
         shapes = {llava_hf_name(name): shape for name, shape in shapes.items()}
         config = llava_hf_config(size, vocab_size)
     files, total = shards(shapes), sum(math.prod(s) for s in shapes.values()) * 2
-    partial = out.with_name(out.name + ".partial")
-    if partial.exists():
-        shutil.rmtree(partial)  # what an interrupted run left
-    partial.mkdir(parents=True)
-
-    generator, progress, weight_map = torch.Generator().manual_seed(seed), Progress(total, out.name), {}
+    partial, bar = begin(out), progress_bar(total, out)
+    generator, weight_map = torch.Generator().manual_seed(seed), {}
     for i, part in enumerate(files, start=1):
         name = "model.safetensors" if len(files) == 1 else f"model-{i:05d}-of-{len(files):05d}.safetensors"
-        write_safetensors(partial / name, part, lambda n: random_pieces(n, shapes[n], generator), progress=progress)
+        write_safetensors(partial / name, part, lambda n: random_pieces(n, shapes[n], generator), bar=bar)
         weight_map.update(dict.fromkeys(part, name))
     if len(files) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}

