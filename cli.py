@@ -59,6 +59,7 @@ except ImportError:
 IMAGE_TOKEN = -200  # stands in a prompt where a picture goes; LLaVA's number
 IGNORE = -100  # label of a position that is not supervised
 MAX_PIXELS = 128_000_000  # a larger picture is refused before it is decoded (decompression bombs)
+CPU_BFLOAT16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # instructions for it
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -163,12 +164,17 @@ class Config:
     def __post_init__(self):
         if not re.fullmatch(r"pad|anyres(_max_\d+)?", self.image_aspect_ratio):
             raise InputError(f"image_aspect_ratio {self.image_aspect_ratio!r}: expected pad, anyres or anyres_max_N")
-        if self.vision and not self.grid_pinpoints:
-            steps = [i * self.vision.image_size for i in range(1, 7)]
-            object.__setattr__(self, "grid_pinpoints", tuple((w, h) for w in steps for h in steps))
+        if self.template not in TEMPLATES:
+            raise InputError(f"template {self.template!r}: expected one of {', '.join(TEMPLATES)}")
+        if self.vision:
+            S = self.vision.image_size
+            canvases = self.grid_pinpoints or tuple((w * S, h * S) for w in range(1, 7) for h in range(1, 7))
+            object.__setattr__(self, "grid_pinpoints", canvases)
+            if any(len(canvas) != 2 or min(canvas) < S or canvas[0] % S or canvas[1] % S for canvas in canvases):
+                raise InputError(f"grid_pinpoints {canvases}: expected pairs of multiples of the crop's side, {S}")
         depth, levels = self.decoder.num_hidden_layers, self.vision.num_hidden_layers if self.vision else -1
         for l, ks in self.fusion.routes:
-            if not 0 <= l < depth or not all(0 <= k <= levels for k in ks):
+            if not ks or not 0 <= l < depth or not all(0 <= k <= levels for k in ks):
                 raise InputError(f"route {l} <- {list(ks)}: decoder layers are 0..{depth - 1}, levels 0..{levels}")
         if len(dict(self.fusion.routes)) < len(self.fusion.routes):
             raise InputError(f"routes {list(self.fusion.routes)}: a decoder layer stands in two of them")
@@ -191,14 +197,18 @@ class Config:
     def from_dict(d):
         """Inverse of to_dict, from parsed JSON. Raises InputError on an unknown field."""
         def build(cls, d):
-            return cls(**{k: tuple(tuple(x) if isinstance(x, list) else x for x in v) if isinstance(v, list) else v
-                          for k, v in d.items()})
+            d = {k: tuple(tuple(x) if isinstance(x, list) else x for x in v) if isinstance(v, list) else v
+                 for k, v in d.items()}
+            for f in dataclasses.fields(cls):
+                if f.name in d and not isinstance(d[f.name], (int, float) if f.type is float else f.type):
+                    raise TypeError(f"{f.name} is {d[f.name]!r}, expected {f.type}")
+            return cls(**d)
 
         parts = {"vision": VisionConfig, "decoder": DecoderConfig, "fusion": FusionConfig}
         try:
-            d = {k: build(parts[k], v) if v and k in parts else v for k, v in d.items() if k != "format"}
+            d = {k: build(parts[k], v) if isinstance(v, dict) else v for k, v in d.items() if k != "format"}
             return build(Config, d)
-        except (TypeError, AttributeError) as e:
+        except (ArithmeticError, LookupError, TypeError, ValueError) as e:
             raise InputError(f"config.json: {e}") from e
 
 
@@ -238,6 +248,8 @@ def fusion_preset(name, depth, levels, decoder_layers=None, vision_levels=None, 
     pairing, projector, gate = PRESETS[name]
     ls = parse_layers(decoder_layers or f"RANGE-1-{depth}-4")
     ks = parse_layers(vision_levels or f"RANGE-1-{levels}-2")
+    if name != "none" and not (ls and ks):
+        raise InputError(f"fusion {name}: decoder layers {ls} <- vision levels {ks}: neither may be empty")
     routes = {"none": [], "all": [(l, ks) for l in ls], "final": [(l, (levels,)) for l in range(len(ls))],
               "each": [(l, (k,)) for l, k in zip(range(len(ls)), ks)]}[pairing]
     return FusionConfig(**{"routes": routes, "projector": projector, "gate": gate, **fields})
@@ -264,10 +276,10 @@ def attention(q, k, v, causal=False):
     """softmax(q k^T / sqrt(hd)) v: q (B, H, T, hd), k and v (B, K, T, hd) -> (B, H, T, hd)."""
     T = q.shape[2]
     blocks_pay = T <= 1024 if torch.is_grad_enabled() else q.dtype == torch.bfloat16
-    if q.device.type != "cpu" or not blocks_pay:
+    if q.device.type != "cpu" or not blocks_pay or q.dtype == torch.bfloat16 and not CPU_BFLOAT16:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
-    # On a CPU spelled out, 128 queries at a time, whose scores stay in the processor's cache: of the fused kernel the
-    # forward pass in bfloat16 takes twice as long, the backward pass in float32 up to seven times.
+    # On a CPU spelled out, 128 queries at a time, whose scores stay in the processor's cache: where that was measured,
+    # the fused kernel's forward pass in bfloat16 took twice as long, its backward pass in float32 up to seven times.
     q, k, v, blocks = q / math.sqrt(q.shape[-1]), k.contiguous(), v.contiguous(), []
     q = q.unflatten(1, (k.shape[1], -1))  # (B, K, H/K, T, hd)
     for start, rows in zip(range(0, T, 128), q.split(128, 3)):
@@ -312,8 +324,7 @@ class KVCache:
 
     def reserve(self, length):
         """Room for `length` positions, keeping what is there."""
-        more = length - self.k.shape[3]
-        if more > 0:
+        if (more := length - self.k.shape[3]) > 0:
             self.k, self.v = F.pad(self.k, (0, 0, 0, more)), F.pad(self.v, (0, 0, 0, more))
 
     def attend(self, layer, q, k, v, seqlens):
@@ -453,7 +464,7 @@ def visual_tokens(picture, config):
     if not picture.grid:
         return config.vision.side**2 + config.newline
     _, (h, w) = kept_area(picture.size, picture.grid, config.vision.side, config.max_tiles)
-    return config.vision.side**2 + h * (w + 1)
+    return config.vision.side**2 + h * (w + config.newline)
 
 
 def pack_picture(x, newline, picture, config):
@@ -469,15 +480,17 @@ def pack_picture(x, newline, picture, config):
     if tiles.shape[:2] != (h, w):
         small = F.interpolate(tiles.permute(2, 0, 1)[None].float(), (h, w), mode="bilinear")[0]
         tiles = small.permute(1, 2, 0).to(x.dtype)
-    rows = torch.cat([tiles, newline.expand(h, 1, C)], dim=1)
+    rows = torch.cat([tiles, newline.expand(h, 1, C)], dim=1) if config.newline else tiles
     return torch.cat([x[0], rows.flatten(0, 1)])
 
 
 class Stream:
     """The expanded stream of one forward pass: every placeholder replaced by its picture's visual tokens.
 
-    Every vision level is packed and spliced alike: V_hat_k comes out as (T, D) and is zero at text positions, which
-    makes eq. 9's mask a plain sum.
+    From tokens int64[T_prompt], their sequences' seqlens and context bool[T_prompt] or None: ids int64[T], visual and
+    context bool[T], where int64[N], the visual positions, and lens and ends int64[B] of the sequences (seqlens: lens as
+    a list). Every vision level is packed and spliced alike: V_hat_k comes out as (T, D) and is zero at text positions,
+    which makes eq. 9's mask a plain sum.
     """
 
     def __init__(self, tokens, pictures, seqlens, context, config):
@@ -642,7 +655,8 @@ class Decoder(nn.Module):
 
 class CLI(nn.Module):
     """Vision encoder, projector, AMP, AGF and decoder. Attributes: config, tokenizer (or None), gates of the last
-    generate(): {l: float[B, levels]}, W per decoder layer, sequence and level of the route (the paper's Figure 1b)."""
+    generate(): {l: float[B, levels]}, W per decoder layer, sequence and level of the route (the paper's Figure 1b): of
+    a vector gate the mean, meaningless for a sequence without pictures."""
 
     def __init__(self, config):
         super().__init__()
@@ -666,7 +680,7 @@ class CLI(nn.Module):
         return self.decoder.norm.weight.dtype
 
     def see(self, pictures, stream):
-        """Prepared pictures -> base visual tokens (T, D) at the stream's visual positions, and AMP's v_hat."""
+        """Prepared pictures -> base visual tokens (T, D), and v_hat: (l, j, k) -> V_hat_k (T, D); 0 where text is."""
         pixels = torch.cat([p.crops for p in pictures]).to(self.device, self.dtype)
         final, fusion = self.config.vision.num_hidden_layers, self.config.fusion
         levels = {final, *fusion.levels}
@@ -769,9 +783,12 @@ class CLI(nn.Module):
         seqlens = [len(p) for p in prompts]
         if not min(seqlens, default=0):
             raise InputError("generate needs at least one prompt, and no prompt may be empty")
-        for n, (prompt, own) in enumerate(zip(prompts, images), 1):
+        vocab = self.config.decoder.vocab_size
+        for n, (prompt, own) in enumerate(zip(prompts, images, strict=True), 1):
             if (places := sum(int(i) == IMAGE_TOKEN for i in prompt)) != len(own):
                 raise InputError(f"prompt {n}: {len(own)} pictures for {places} image placeholders")
+            if wrong := [int(i) for i in prompt if i != IMAGE_TOKEN and not 0 <= i < vocab]:
+                raise InputError(f"prompt {n}: id {wrong[0]}, but the model has {vocab} words: another's tokenizer?")
         room = max_new_tokens + max(n + sum(visual_tokens(p, self.config) for p in ps)
                                     for n, ps in zip(seqlens, images))
         cache = cache or KVCache(self.config.decoder, len(prompts), 0, self.device, self.dtype)
@@ -844,7 +861,12 @@ class CLI(nn.Module):
             tensors |= {"vision_model." + name.removeprefix("vision_model."): tensor
                         for name, tensor in read_weights(beside).items()}
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        config, names = read_layout(raw, shapes, tower, key_map, generation)
+        try:
+            config, names = read_layout(raw, shapes, tower, key_map, generation)
+        except InputError:
+            raise
+        except (AttributeError, LookupError, TypeError, ValueError, re.error) as e:
+            raise InputError(f"{source}: malformed config.json or key map: {type(e).__name__}: {e}") from e
         if fusion not in (None, "none", config.fusion):
             if config.fusion.routes or not config.vision:
                 raise InputError(f"{source}: cannot add fusion: it has "
@@ -859,8 +881,10 @@ class CLI(nn.Module):
         notes = [f"ignored {n} tensors: {reason}" for reason, n in Counter(ignored.values()).items()]
         if fresh:
             notes.append(f"freshly initialised, not in {source}: {', '.join(fresh)}")
-        if not config.decoder.tie_word_embeddings and (raw.get("text_config") or raw).get("tie_word_embeddings"):
-            notes.append("config.json says the output head is tied, but the file holds a head: that one is used")
+        tied, says = config.decoder.tie_word_embeddings, (raw.get("text_config") or raw).get("tie_word_embeddings")
+        if says is not None and says != tied:
+            notes.append(f"config.json says the output head is {'' if says else 'not '}tied, but the file holds "
+                         + ("none: the embeddings are used" if tied else "a head: that one is used"))
         if notes and not quiet:
             print("\n".join(notes), file=sys.stderr)
 
@@ -929,9 +953,10 @@ def read_layout(raw, shapes, tower=None, key_map=None, generation=None):
         for pattern, new in [*key_map.get("patterns", []), *RENAMES]:
             names[name] = re.sub(pattern, new, names[name])
     ours = {names[name]: shape for name, shape in shapes.items()}
-    if "decoder.embed_tokens.weight" not in ours or "decoder.layers.0.self_attn.q_proj.weight" not in ours:
-        raise InputError(f"unknown layout (model_type {raw.get('model_type')!r}): no Qwen2 or LLaMA decoder among "
-                         f"{len(shapes)} tensors, the first of which is {min(shapes, default='none')}")
+    for name in ("embed_tokens", "layers.0.self_attn.q_proj", "layers.0.self_attn.k_proj", "layers.0.mlp.gate_proj"):
+        if f"decoder.{name}.weight" not in ours:
+            raise InputError(f"unknown layout (model_type {raw.get('model_type')!r}): no {name}.weight of a Qwen2 or "
+                             f"LLaMA decoder among {len(shapes)} tensors, like {min(shapes, default='none')}")
 
     def count(part):
         return 1 + max(int(m[1]) for name in ours if (m := re.match(part + r"\.layers\.(\d+)\.", name)))
@@ -944,14 +969,18 @@ def read_layout(raw, shapes, tower=None, key_map=None, generation=None):
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         raise InputError(f"config.json: rope scaling {rope} is not supported")
     qwen = "decoder.layers.0.self_attn.q_proj.bias" in ours
+    window = text.get("use_sliding_window", not qwen) and text.get("sliding_window")  # Mistral's; Qwen2's is off
+    if window or text.get("hidden_act", "silu") != "silu":
+        raise InputError(f"config.json: hidden_act {text.get('hidden_act')!r} with sliding_window {window!r} is not "
+                         "supported, only silu without a window")
     decoder = DecoderConfig(
         hidden_size=D, intermediate_size=ours["decoder.layers.0.mlp.gate_proj.weight"][0],
         num_hidden_layers=count("decoder"), num_attention_heads=heads, head_dim=hd, vocab_size=vocab, qkv_bias=qwen,
         num_key_value_heads=ours["decoder.layers.0.self_attn.k_proj.weight"][0] // hd,
         rms_norm_eps=text.get("rms_norm_eps", 1e-6), rope_theta=text.get("rope_theta") or rope.get("rope_theta", 1e4),
         tie_word_embeddings="lm_head.weight" not in ours,
-        max_position_embeddings=text.get("max_position_embeddings", 2048))
-    eos = generation.get("eos_token_id") or text.get("eos_token_id") or 2
+        max_position_embeddings=text.get("max_position_embeddings") or (32768 if qwen else 2048))
+    eos = generation.get("eos_token_id") or text.get("eos_token_id") or (151645 if qwen else 2)
     eos = tuple(eos) if isinstance(eos, list) else (151645, 151643) if qwen and eos in (151643, 151645) else (eos,)
     config = {"decoder": decoder, "template": "qwen_1_5" if qwen else "vicuna_v1", "eos_token_ids": eos,
               "repetition_penalty": generation.get("repetition_penalty") or 1.0}
@@ -961,6 +990,9 @@ def read_layout(raw, shapes, tower=None, key_map=None, generation=None):
     v = (tower or {}).get("vision_config") or tower or raw.get("vision_config") or {}
     Dv, _, patch, _ = ours["vision.patch_embedding.weight"]
     clip = "vision.class_embedding" in ours
+    usual = "quick_gelu" if clip else "gelu_pytorch_tanh"
+    if v.get("hidden_act", usual) != usual:
+        raise InputError(f"vision encoder: hidden_act {v['hidden_act']!r} is not supported here, only {usual}")
     heads = v.get("num_attention_heads") or HEADS.get(Dv)
     if not heads:
         raise InputError(f'config.json does not say how many attention heads a vision encoder of width {Dv} has: add '
@@ -1068,11 +1100,11 @@ def map_keys(names, shapes, model):
             want = expected[whole] if whole == ours else (expected[whole][0] // 3, *expected[whole][1:])
             if [n for n in shape if n > 1] != [n for n in want if n > 1]:
                 problems["misshapen"].append(f"{name} {list(shape)} instead of {list(want)}")
-    have = {ours.split("[")[0] for ours in mapping}
+    have = {name for name in expected if name in mapping or all(f"{name}[{i}]" in mapping for i in range(3))}
     groups = [("amp.", "agf.")]
     if any(name.startswith("vision_model.") for name in names):
         groups.append(("projector.", "image_newline"))
-    absent = tuple(p for group in groups if not any(name.startswith(group) for name in have) for p in group)
+    absent = tuple(p for group in groups if not any(name.startswith(group) for name in mapping) for p in group)
     fresh = sorted({name.split(".")[0] for name in expected if name.startswith(absent)})
     problems["missing"] = [name for name in expected if name not in have and not name.startswith(absent)]
     if any(problems.values()):
@@ -1132,7 +1164,10 @@ def read_weights(folder):
         index = whole.with_name(whole.name + ".index.json")
         paths = [whole] if whole.exists() else []
         if not paths and index.exists():
-            paths = sorted({folder / file for file in read_json(index)["weight_map"].values()})
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise InputError(f"{index}: no weight_map of names to files")
+            paths = sorted({folder / str(file) for file in weight_map.values()})
         if paths:
             break
     else:
@@ -1144,6 +1179,8 @@ def read_weights(folder):
                         else torch.load(path, map_location="cpu", weights_only=True, mmap=True))
         except Exception as e:  # safetensors, pickle and zip each have errors of their own
             raise InputError(f"{path}: missing, damaged or not a weights file: {str(e).splitlines()[0]}") from e
+    if other := [name for name, tensor in tensors.items() if not isinstance(tensor, torch.Tensor)]:
+        raise InputError(f"{paths[0]}: {other[0]!r} is not a tensor")
     return tensors
 
 
@@ -1172,7 +1209,6 @@ def write_text(path, text):
 def load_image(source):
     """A path, encoded bytes or a PIL image -> PIL image, mode RGB: upright by its EXIF tag, transparency on white,
     16 bits scaled to 8, of an animation the first frame. Raises InputError naming the file."""
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # ours is checked below, before anything is decoded
     try:
         image = source
         if not isinstance(source, Image.Image):
@@ -1189,8 +1225,6 @@ def load_image(source):
     except Exception as e:  # a damaged file can raise nearly anything out of a decoder
         name = "picture" if isinstance(source, (bytes, Image.Image)) else source
         raise InputError(f"{name}: not a picture that can be read: {str(e) or type(e).__name__}") from e
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
 
 
 def choose_grid(size, pinpoints):
@@ -1223,6 +1257,8 @@ def prepare_image(image, config, several=False):
     image = load_image(image)
     if several or config.image_aspect_ratio == "pad":
         side = max(image.size)
+        if side**2 > 4 * MAX_PIXELS:
+            raise InputError(f"a picture of {image.width} x {image.height} is too long to be padded to a square")
         square = Image.new("RGB", (side, side), tuple(int(255 * m) for m in cfg.image_mean))
         square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         return Picture(normalise(square.resize((S, S), Image.BICUBIC), cfg)[None], image.size, None)
@@ -1340,7 +1376,8 @@ def choose(logits, seen, penalty, temperature, top_k, top_p, generator):
     if top_k:
         logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1]))[0][:, -1:], -math.inf)
     probs, order = logits.softmax(-1).sort(-1, descending=True)
-    probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)  # the first one always stays
+    if top_p < 1:  # else rounding in the sum would drop some
+        probs[:, 1:] = probs[:, 1:].masked_fill(probs.cumsum(-1)[:, :-1] >= top_p, 0)  # the first one always stays
     return order.gather(1, torch.multinomial(probs, 1, generator=generator))[:, 0]
 
 
@@ -1366,7 +1403,7 @@ def pick_dtype(name, device):
         return torch.bfloat16, "this GPU computes in bfloat16"
     if device.type == "mps":
         return torch.float16, "the usual choice on Apple GPUs"
-    if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+    if device.type == "cpu" and CPU_BFLOAT16:
         return torch.bfloat16, "this CPU computes in bfloat16"
     return torch.float32, "no fast bfloat16 here"
 
@@ -1375,14 +1412,14 @@ def peak_memory(device):
     """GiB: what CUDA allocated at most, elsewhere the largest resident size of this process; nan where nobody says."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    if Path("/proc/self/status").exists():  # Linux, whose getrusage starts at the size of the parent process
-        return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**20
+    with contextlib.suppress(OSError):  # Linux, whose getrusage starts at the size of the parent process
+        if found := re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text()):
+            return int(found[1]) / 2**20
     try:
         import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # macOS: bytes
     except ImportError:
         return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def run_program(main):

@@ -1004,14 +1004,26 @@ def test_batch_equals_each_alone():
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_attention_in_blocks_equals_the_fused_kernel(dtype, tolerance, causal):
-    """On a CPU: training in float32 and inference in bfloat16 take 128 queries at a time."""
+def test_attention_in_blocks_equals_the_fused_kernel(dtype, tolerance, causal, monkeypatch):
+    """On a CPU: training in float32 and, where it computes in it, inference in bfloat16 take 128 queries at a time."""
+    monkeypatch.setattr(cli, "CPU_BFLOAT16", True)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, heads, 300, 16, generator=generator).to(dtype) for heads in (6, 2, 2))
     with torch.set_grad_enabled(dtype == torch.float32):
         ours = cli.attention(q, k, v, causal)
     reference = F.scaled_dot_product_attention(*(x.double() for x in (q, k, v)), is_causal=causal, enable_gqa=True)
     assert closeness(ours.double(), reference) < tolerance
+
+
+def test_without_a_newline_vector_there_are_no_newline_tokens():
+    """Tiles of a model without it are packed row after row, nothing between them."""
+    one, other = (tiny(preset("cli"), newline=newline) for newline in (True, False))
+    shown = cli.prepare_image(picture(40, 25), other.config)
+    _, (h, w) = cli.kept_area(shown.size, shown.grid, one.config.vision.side, one.config.max_tiles)
+    assert cli.visual_tokens(shown, one.config) - cli.visual_tokens(shown, other.config) == h and w > 1
+    stream = cli.Stream(prompt(1), [shown], [len(prompt(1))], None, other.config)
+    base, _ = other.see([shown], stream)
+    assert (base[stream.visual] != 0).any(1).all() and stream.visual.sum() == cli.visual_tokens(shown, other.config)
 
 
 @pytest.mark.parametrize("position", [0, 1])
@@ -1039,6 +1051,21 @@ def test_sampling_options():
     options = dict(max_new_tokens=14, repetition_penalty=1.0, temperature=0.9)
     assert decode(model, [tokens], [images], top_k=1, **options) == [greedy]
     assert decode(model, [tokens], [images], top_p=1e-6, **options) == [greedy]
+    assert decode(model, [tokens], [images], max_new_tokens=14, repetition_penalty=1.0, temperature=1e-40) == [greedy]
+    flat = torch.randn(1, 150_000, generator=torch.Generator().manual_seed(0))
+    flat[0, 7] = 12.0
+    seen, generator = torch.zeros(1, 150_000, dtype=torch.bool), torch.Generator().manual_seed(0)
+    drawn = []
+
+    def multinomial(probs, n, generator):
+        drawn.append(int((probs > 0).sum()))
+        return torch.zeros(1, 1, dtype=torch.long)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "multinomial", multinomial)
+        for top_p in (1.0, 0.3, 0.0):
+            cli.choose(flat, seen, 1.0, 1.0, 0, top_p, generator)
+    assert drawn == [150_000, 1, 1]  # 1 keeps every token whatever the sum rounds to, and the first always stays
     draws = [decode(model, [tokens], [images], seed=s, **options)[0] for s in (1, 1, 2)]
     assert draws[0] == draws[1] != draws[2]
 
@@ -1411,6 +1438,8 @@ def test_config_fields_of_the_originals():
     mid = cli.read_layout(dict(raw, image_aspect_ratio="anyres", image_grid_pinpoints=narrow), shapes)[0]
     assert mid.grid_pinpoints == ((384, 768), (384, 1152)) and mid.max_tiles is None
     shapes_hf, raw_hf = PUBLISHED["llava-hf OneVision 0.5B"][:2]
+    left_out = cli.read_layout(raw_hf, shapes_hf)[0]  # transformers writes no field that has its default
+    assert left_out.decoder.max_position_embeddings == 32768 and left_out.eos_token_ids == (151645, 151643)
     turned = cli.read_layout(dict(raw_hf, image_grid_pinpoints=narrow), shapes_hf)[0]
     assert turned.grid_pinpoints == ((768, 384), (1152, 384))
     assert cli.kept_area((2304, 2304), (6, 6), 27, None)[1] == (162, 162)
@@ -1491,6 +1520,16 @@ def test_foreign_tensors_known_by_shape(case, tmp_path):
     check_foreign(tmp_path, model, key_map | {"lora_alpha": 5.0})
 
 
+def test_foreign_gate_without_its_values(tmp_path):
+    """q and k of a gate's attention without v: missing, by name."""
+    fields, names, _ = FOREIGN["q, k and v apart"]
+    foreign_checkpoint(tmp_path, preset("cli", **fields), **names)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors[next(name for name in tensors if "v_proj.weight" in name and "fusion" in name)]
+    save_file(tensors, tmp_path / "model.safetensors")
+    fails(lambda: load(tmp_path), "1 missing", "attn.in_proj_weight")
+
+
 ODD_NAMES = dict(agf="model.fuser{l}x.{rest}", amp="model.bridge{l}x{j}.{side}")
 ODD_PATTERNS = [
     [r"model\.fuser(\d+)x\.query_(.).*", r"agf.\1.query_\2"],
@@ -1568,6 +1607,50 @@ def test_errors_of_folders(tmp_path, base):
     (tmp_path / "bin" / "config.json").write_text((base / "config.json").read_text())
     (tmp_path / "bin" / "pytorch_model.bin").write_bytes(b"no pickle")
     fails(lambda: load(tmp_path / "bin"), "pytorch_model.bin")
+    torch.save({"state_dict": {}, "step": 3}, tmp_path / "bin" / "pytorch_model.bin")
+    fails(lambda: load(tmp_path / "bin"), "'state_dict' is not a tensor")
+    for index in ({}, {"weight_map": None}, {"weight_map": {"a": 3}}):
+        (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
+        fails(lambda: load(sharded))
+
+
+def test_errors_of_foreign_configs(tmp_path):
+    """What a config.json or a key map says wrongly, or asks of a decoder or an encoder that these are not."""
+    tensors, raw = published_tensors(onevision(), "original"), original_config(onevision())
+    for fields, told in (({"hidden_act": "gelu"}, "gelu"), ({"num_attention_heads": None}, "config.json"),
+                         ({"text_config": "x"}, "config.json"), ({"vision_config": {"hidden_act": "gelu"}}, "gelu"),
+                         ({"sliding_window": 8, "use_sliding_window": True}, "8")):  # fmt: skip
+        fails(lambda fields=fields: load(write(tmp_path, raw | fields, tensors)), told)
+    write(tmp_path, raw, tensors)
+    for patterns in (None, [["(", ""]], ["ab c"], [["a"]], [["a", 1]]):
+        fails(lambda patterns=patterns: load(tmp_path, key_map={"patterns": patterns}), "key map")
+    experts = {name.replace("mlp.gate_proj", "mlp.experts.0.gate_proj"): t for name, t in tensors.items()}
+    fails(lambda: load(write(tmp_path, raw, experts)), "layers.0.mlp.gate_proj.weight")
+
+
+@pytest.mark.parametrize("part, fields", [
+    ("vision", {"image_mean": None}), ("decoder", {"rope_theta": None}), ("decoder", {"vocab_size": "many"}),
+    ("fusion", {"routes": [["a", [1]]]}), (None, {"eos_token_ids": 7}), (None, {"template": "chatml"}),
+    (None, {"grid_pinpoints": [[27, 18]]}), (None, {"grid_pinpoints": [[18]]}), (None, {"grid_pinpoints": "(1x1)"}),
+    (None, {"decoder": None}),
+])  # fmt: skip
+def test_errors_of_our_own_config(part, fields):
+    """A wrong type or value in our own config.json is one line, before anything is computed with it."""
+    d = json.loads(json.dumps(tiny_config(preset("cli")).to_dict()))
+    assert Config.from_dict(d) == tiny_config(preset("cli"))
+    (d[part] if part else d).update(fields)
+    fails(lambda: Config.from_dict(d), "config.json" if part == "fusion" else next(iter(fields)))
+
+
+def test_a_lost_head_is_told(tmp_path, capsys):
+    """A checkpoint that says it has a head of its own, and has none, or the other way: told."""
+    for stored, says in ((False, True), (True, False), (True, True), (False, False)):  # does it hold a head, say tied
+        model = onevision(tied=not stored)
+        write(tmp_path, original_config(model) | {"tie_word_embeddings": says}, published_tensors(model, "original"))
+        CLI.from_pretrained(tmp_path)
+        told = capsys.readouterr().err
+        assert ("config.json says the output head is" in told) == (stored == says), (stored, says, told)
+        assert "not tied, but" in told or not (stored is says is False), told
 
 
 def test_errors_of_keys(tmp_path):
@@ -1604,6 +1687,9 @@ def test_errors_of_prompts(base):
     fails(lambda: decode(model, [[]], [[]], max_new_tokens=2))
     ids = decode(model, [prompt(0, 36)], max_new_tokens=100)[0]
     assert len(ids) <= 5, "generation ends where the context does"
+    fails(lambda: decode(model, [[5, TEXT["vocab_size"]]], max_new_tokens=2), TEXT["vocab_size"], "another's tokenizer")
+    pad = dataclasses.replace(model.config, image_aspect_ratio="pad")
+    fails(lambda: cli.prepare_image(Image.new("RGB", (60_000, 1)), pad), "60000 x 1")
     # placeholders and pictures must match in each prompt of a batch, not only in their sums
     fails(lambda: decode(load(base), [prompt(2, 9), prompt(0, 9)], [one, one], max_new_tokens=2))
 
@@ -1624,6 +1710,9 @@ def test_errors_of_options(base):
     fails(lambda: Config(decoder=cli.DecoderConfig(num_key_value_heads=3)), "num_key_value_heads 3", "14")
     fails(lambda: tiny_config(image_aspect_ratio="square"), "square")
     fails(lambda: Config.from_dict(dict(tiny_config().to_dict(), colour=3)), "colour")
+    for layers in ({"decoder_layers": "RANGE-5-3-1"}, {"vision_levels": "RANGE-5-3-1"}):
+        fails(lambda layers=layers: cli.fusion_preset("cli", LAYERS, BLOCKS, **layers), "neither may be empty")
+    fails(lambda: tiny_config(FusionConfig(routes=((1, ()),))), "route 1")
     fails(lambda: load(base, dtype="float33"), "float33")
 
 
