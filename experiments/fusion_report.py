@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
@@ -210,6 +211,7 @@ def figures(args, answers):
         drawn[name] = args.results / f"{name}.png"
         fig.savefig(drawn[name], dpi=80, bbox_inches="tight")
         plt.close(fig)
+        Image.open(drawn[name]).convert("RGB").quantize(64).save(drawn[name], optimize=True)  # a third of the bytes
 
     def bars(ax, found, text):  # {label: (mean, low, high)}
         for i, values in enumerate(found.values()):
