@@ -2944,6 +2944,7 @@ def test_train_mistakes_are_one_line(few, mixed, tmp_path, monkeypatch, capsys):
         ([*tiny, "--lr_decoder", 1e30, "--clip", 1e30, "--steps", 9], "with lower learning rates"),
         ([*tiny, "--out", tmp_path / "done", "--seed", 5], "holds a run with other settings"),
         ([*tiny, "--data", mixed / "answer", "--init_from", tmp_path / "nowhere"], "neither a folder nor"),
+        ([*tiny, "--init_from", ROOT / "assets/nano"], "was made with another tokenizer"),
         (["--evaluate", tmp_path / "nowhere", "--data", few], "neither a folder nor a hub id"),
         (["--evaluate", tmp_path / "done", "--data", tmp_path], "no manifest.json"),
     ):

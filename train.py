@@ -519,7 +519,8 @@ def train(cfg):
     manifest = read_manifest(cfg.data, cfg.split)
     out, settings = Path(cfg.out), {**dataclasses.asdict(cfg), "data_sha256": sha256(json.dumps(manifest))}
     if cfg.init_from and (earlier := cli.read_json(Path(cfg.init_from) / "train.json", {})):  # trained here, and how
-        settings["init_sha256"] = sha256(json.dumps({k: v for k, v in earlier["config"].items() if k not in FREE}))
+        before = earlier.get("config", earlier)  # the bundled model's file tells of several stages
+        settings["init_sha256"] = sha256(json.dumps({k: v for k, v in before.items() if k not in FREE}))
     finished, state = earlier_run(out, settings)
     if finished:
         return say(f"{out}: finished before, loss {finished['loss']:.4f}")
