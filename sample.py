@@ -124,11 +124,16 @@ def draw_gates(pages, path):
     say(f"heat map written to {path}")
 
 
+def stream_length(model, ids, pictures):
+    """Tokens of a prompt, pictures included."""
+    return len(ids) + sum(cli.visual_tokens(p, model.config) - 1 for p in pictures)
+
+
 def prepare(model, paths, prompt):
     """-> (ids, pictures) of one question. Raises InputError, also where it is longer than the model's context."""
     pictures = [prepare_image(load_image(path), model.config, len(paths) > 1) for path in paths]
     ids, _ = encode_chat(model.tokenizer, model.config.template, [("user", user_content(prompt, len(pictures)))])
-    length = len(ids) + sum(cli.visual_tokens(p, model.config) - 1 for p in pictures)
+    length = stream_length(model, ids, pictures)
     if length > model.config.decoder.max_position_embeddings:
         raise InputError(f"a prompt of {length} tokens (pictures included) for a context of "
                          f"{model.config.decoder.max_position_embeddings}")
@@ -175,7 +180,7 @@ def chat(model, args):
             continue
         content, start = (user_content(text, len(images)), True) if left is None else (text, False)
         prompt = (left or []) + encode_chat(model.tokenizer, model.config.template, [("user", content)], start)[0]
-        fed = cache.lengths[0] + len(prompt) + sum(cli.visual_tokens(p, model.config) - 1 for p in images)
+        fed = cache.lengths[0] + stream_length(model, prompt, images)
         _, ids, facts = answer(model, prompt, images, args, cache)
         if cache.lengths[0] < fed:  # stopped while the turn was read: nothing of it is in the cache
             continue

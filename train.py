@@ -204,11 +204,16 @@ class Rows:
     def batch(self, rows):
         """Row numbers -> arguments of CLI.forward: tokens, pictures, seqlens, labels and context of one flat stream."""
         items = [self[i] for i in rows]
-        tokens, marks = torch.cat([t for t, _, _ in items]), torch.cat([m for _, m, _ in items])
         pictures = [cli.prepare_image(open_picture(p), self.config, len(ps) > 1) for *_, ps in items for p in ps]
-        return {"tokens": tokens, "pictures": pictures, "seqlens": [len(t) for t, _, _ in items],
-                "labels": tokens.masked_fill(marks == 0, IGNORE),
-                "context": torch.cat([(m == 1).cumsum(0) == 0 for _, m, _ in items])}  # the gates see no answer
+        return {**flat_stream(items), "pictures": pictures}
+
+
+def flat_stream(items):
+    """Rows end to end -> tokens, seqlens, labels and context, which ends before a row's first answer."""
+    tokens, marks = torch.cat([t for t, _, _ in items]), torch.cat([m for _, m, _ in items])
+    return {"tokens": tokens, "seqlens": [len(t) for t, _, _ in items],
+            "labels": tokens.masked_fill(marks == 0, IGNORE),
+            "context": torch.cat([(m == 1).cumsum(0) == 0 for _, m, _ in items])}
 
 
 @functools.cache

@@ -174,9 +174,7 @@ class Cached:
 
     def batch(self, chosen):
         items = [self.rows[self.chosen[i]] for i in chosen]
-        tokens, marks = torch.cat([t for t, _, _ in items]), torch.cat([m for _, m, _ in items])
-        return {"tokens": tokens, "pictures": [self.picture(i) for i in chosen],
-                "seqlens": [len(t) for t, _, _ in items], "labels": tokens.masked_fill(marks == 0, IGNORE)}
+        return {**train.flat_stream(items), "pictures": [self.picture(i) for i in chosen]}
 
 
 class Levels(torch.nn.Module):
