@@ -542,16 +542,29 @@ class AMP(nn.ModuleDict):
         elif cfg.projector != "shared":
             self.update({str(k): lora() if cfg.projector == "lora" else make_projector(Dv, D) for k in cfg.levels})
 
-    def forward(self, taps, projected, stream, l, j, k):
-        """V_hat_k (T, D) for the j-th level, k, of decoder layer l: taps[k] is V_k, projected[k] is pack(MLP(V_k)).
+    def adapter(self, l, j, k):
+        return self[str(l)][j] if self.cfg.lora_per == "pair" else self[str(k)]
+
+    def lower(self, taps, stream):
+        """{adapter: alpha/r pack(A V_k) (T, r)}, taps[k] being V_k: all layers' adapters of a level in one product.
 
         Packing is linear and goes before B: pack(B A V) = B pack(A V), with r channels instead of D.
         """
+        low, scale = {}, self.cfg.lora_alpha / self.cfg.lora_rank
+        for k in self.cfg.levels if self.cfg.projector == "lora" else ():
+            takers = [(l, j) for l, ks in self.cfg.routes for j, level in enumerate(ks) if level == k]
+            adapters = list(dict.fromkeys(self.adapter(l, j, k) for l, j in takers))
+            A = torch.cat([adapter.A.weight for adapter in adapters])  # (adapters * r, Dv)
+            packed = scale * stream.pack(F.linear(taps[k], A), taps[k].new_zeros(len(A)))
+            low |= zip(adapters, packed.split(self.cfg.lora_rank, -1))
+        return low
+
+    def forward(self, projected, low, l, j, k):
+        """V_hat_k (T, D) for the j-th level, k, of decoder layer l: projected[k] is pack(MLP(V_k)), low from lower."""
         if self.cfg.projector != "lora":
             return projected[k]
-        lora = self[str(l)][j] if self.cfg.lora_per == "pair" else self[str(k)]
-        low = stream.pack(lora.A(taps[k]), taps[k].new_zeros(self.cfg.lora_rank))
-        return projected[k] + self.cfg.lora_alpha / self.cfg.lora_rank * lora.B(low)
+        adapter = self.adapter(l, j, k)
+        return projected[k] + adapter.B(low[adapter])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -696,7 +709,7 @@ class CLI(nn.Module):
         projected = {} if full else {final: base}  # pack(MLP(V_k)), once per level however many layers take it
         for k in sorted({*fusion.levels} - {*projected}):
             projected[k] = stream.pack((self.amp[str(k)] if full else self.projector)(taps[k]), newline)
-        return base, functools.partial(self.amp, taps, projected, stream)
+        return base, functools.partial(self.amp, projected, self.amp.lower(taps, stream))
 
     def inject(self, l, levels, v_hat, stream, gates, h):
         """Let the levels of decoder layer l's route into h (T, D), in turn; their weights W go to gates[l]."""
