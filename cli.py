@@ -831,7 +831,7 @@ class CLI(nn.Module):
     @torch.no_grad()
     def init_weights(self, prefixes=("",), seed=0):
         """Fresh values for the parameters under the given prefixes: N(0, 0.02), standard deviation 1 / sqrt(width) for
-        newline vector, AGF's attention and AMP's A, as LLaVA and PyTorch start such; norms 1, biases 0; AMP's B zero,
+        newline vector, AGF's q, k and v and AMP's A, as LLaVA and PyTorch start such; norms 1, biases 0; AMP's B zero,
         its full MLPs copies of the projector; AGF's gate at its configured bias. On any device the same values."""
         generator = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
@@ -1409,7 +1409,7 @@ def pick_device(name="auto"):
 
 
 def pick_dtype(name, device):
-    """"auto" -> bfloat16 where the device computes in it, else float32, and the reason."""
+    """"auto" -> bfloat16 where the device computes in it, float16 on Apple GPUs, else float32, and the reason."""
     if name != "auto":
         return DTYPES[name], "as asked"
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):

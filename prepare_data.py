@@ -17,6 +17,7 @@ Output, in data/NAME/:
                               row_pictures     int64[n+1]  row i has the pictures row_pictures[i]:row_pictures[i+1]
                               kind             int16[n]    the row's kind, an index into the manifest's "kinds"
     bad_rows.jsonl            rows that were left out, where they stand and why (only if there are any)
+    arguments.json            what the folder was begun with: a run that goes on must have the same
 
 A recipe is a line of JSON that open_picture() draws: a scene takes a millisecond to draw and 200 bytes to keep, so that
 a hundred thousand different ones fit anywhere. An interrupted run goes on where it was: finished shards are kept, but
@@ -381,13 +382,19 @@ def prepare_folder(folder: Path, arguments: dict, overwrite: bool) -> None:
 
 
 def read_tokenizer(source) -> str:
+    """A tokenizer.json, a folder with one, or a hub id (None: the bundled model's) -> its text."""
     path = Path(source) if source else Path(__file__).resolve().parent / "assets/nano"
     path = path / "tokenizer.json" if path.is_dir() else path
     try:
+        if not path.exists() and path.suffix != ".json" and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+            from huggingface_hub import hf_hub_download
+
+            path = Path(hf_hub_download(source, "tokenizer.json"))
         return cli.Tokenizer(path.read_bytes().decode()).json
-    except Exception as e:  # the library raises bare Exception
+    except Exception as e:  # the libraries have errors of their own, down to bare Exception
         hint = "" if source else " (say which one with --tokenizer)"
-        raise InputError(f"{path}: not a tokenizer.json{hint}: {getattr(e, 'strerror', None) or e}") from e
+        reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
+        raise InputError(f"{path}: not a tokenizer.json{hint}: {reason}") from e
 
 
 def sha256(data: bytes) -> str:
@@ -433,6 +440,8 @@ def emoji_command(args) -> None:
     tokenizer_json = read_tokenizer(args.tokenizer) if args.tokenizer else train_tokenizer(texts(), args.vocabulary)
     files = sorted(path for path in EMOJI.iterdir() if path.suffix in (".json", ".webp"))
     source = {"name": "emoji", "sha256": {path.name: sha256(path.read_bytes()) for path in files}}
+    if args.tokenizer:  # else one is trained, and tells what it was trained on
+        source["per_kind"] = args.per_kind
     kinds = ["naming", *(kind + "-zh" * zh for kind in QUESTIONS for zh in (0, 1) if QUESTIONS[kind][1 + zh])]
     build(args, source, tokenizer_json, splits, kinds, rows_of, lambda row: {**row, "drawn": True})
 
@@ -473,7 +482,7 @@ def main() -> None:
         add("--seed", type=int, default=0, help="of every random choice (default: %(default)s)")
         add("--overwrite", action="store_true", help="make everything in that folder anew")
         add("--max-bad", type=float, default=0.01, help="share of rows that may be bad (default: %(default)s)")
-        add("--tokenizer", help=f"tokenizer.json, or a folder with one (default: {tokenizer})")
+        add("--tokenizer", help=f"tokenizer.json, a folder with one, or a hub id (default: {tokenizer})")
         add("--val", type=int, default=val, help="rows of every validation split (default: %(default)s)")
         add("--shard-rows", type=int, default=shard_rows, help="rows per shard (default: %(default)s)")
         if name != "emoji":

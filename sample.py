@@ -286,8 +286,8 @@ def parse():
     add = parser.add_argument
     add_model_flags(add)
     add("--image", action="append", default=[], metavar="FILE", help="a picture; may be repeated")
-    add("--prompt", help="the question; without it, --model and --image: some about the bundled pictures; without it "
-        "alone: a chat on a terminal, else standard input is the prompt")
+    add("--prompt", help="the question; without it: a chat on a terminal, else standard input; without it, --image and "
+        "--model: some questions about the bundled pictures")
     add("--max-new-tokens", type=int, default=256, help="longest answer (default: %(default)s)")
     add("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     add("--top-k", type=int, default=0, help="sample from the k likeliest tokens; 0: all (default)")

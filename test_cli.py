@@ -2366,12 +2366,21 @@ def test_prepare_mistakes_are_one_line(emoji, tmp_path, small_tokenizer, monkeyp
     (tmp_path / "empty.json").write_text("[]")
     (tmp_path / "file").write_text("no folder")
     monkeypatch.chdir(tmp_path)
+
+    def hub(repository, name):
+        if (repository, name) == ("owner/model", "tokenizer.json"):
+            return small_tokenizer
+        raise OSError("no such repository\nsecond line")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", hub)
     for arguments, message in (
         (["llava", "chat.json", "--tokenizer", small_tokenizer], "expected a list of conversations, got a JSON dict"),
         (["llava", "none.json", "--tokenizer", small_tokenizer], "none.json: No such file"),
         (["llava", "empty.json", "--tokenizer", "nowhere"], "nowhere: not a tokenizer.json: No such file"),
         (["llava", "empty.json", "--tokenizer", "chat.json"], "chat.json: not a tokenizer.json"),
+        (["llava", "empty.json", "--tokenizer", "owner/none"], "owner/none: not a tokenizer.json: no such repository"),
         (["llava", "empty.json", "--tokenizer", small_tokenizer], "no rows in empty"),
+        (["llava", "empty.json", "--tokenizer", "owner/model"], "no rows in empty"),
         (["llava", "empty.json", "--tokenizer", small_tokenizer, "--val", 5], "there are only 0 rows"),
         (["emoji", "--per-kind", 3], "--per-kind N: 0 or at least 12"),
         (["emoji", "--vocabulary", 2], "at least 259"),

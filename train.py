@@ -1,6 +1,6 @@
 """Train a CLI model on shards that prepare_data.py wrote: one flat loop.
 
-    python train.py                                 the bundled nano model again: encoder, pretrain, tune, blind, scores
+    python train.py                                 the bundled nano model again: encode, pretrain, tune, blind, scores
     python train.py --recipe quick                  the same in a few minutes, to see it work
     python train.py --recipe paper --data data/onevision    the paper's protocol, from a LLaVA-OneVision checkpoint
     python train.py --config run.json --seed 1      your own: a JSON object of the settings below, or a list of stages
@@ -69,7 +69,7 @@ def setting(default, text):
 class TrainConfig:
     data: str = setting("data/emoji", "folder that prepare_data.py wrote")
     split: str = setting("train", "split of the data to train on")
-    out: str = setting("out/nano", "folder of the run; recipes with several stages make one folder in it for each")
+    out: str = setting("out/nano", "folder of the run (recipe or file NAME: out/NAME); several stages: one each in it")
     init_from: str = setting("", "model to start from, a folder or hub id; empty: a fresh one of the sizes in --model")
     vision: str = setting("", "separate vision encoder for init_from (bare SigLIP or CLIP)")
     model: dict = setting(NANO, "sizes of a fresh model: JSON with VisionConfig's and DecoderConfig's fields")
@@ -782,12 +782,12 @@ def parse(argv):
     fields = {f.name: f for f in dataclasses.fields(TrainConfig)}
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--recipe", choices=list(RECIPES), default="nano", help="ready-made stages (default: nano)")
-    parser.add_argument("--config", help="JSON file with your own settings, or a list of such stages, not a recipe")
+    parser.add_argument("--config", help="JSON file of your own settings, or of a list of stages, instead of a recipe")
     parser.add_argument("--evaluate", metavar="MODEL", help="score a model on the validation splits; train nothing")
     parser.add_argument("--blind_model", help="the model trained with --blind to put beside it (with --evaluate)")
     parser.add_argument("--questions", type=int, default=0, help="score the first N of each split (0: all; quick: 250)")
     parser.add_argument("--ranks", type=int, default=0, help="processes on a CPU (0: two, if it has two cores)")
-    parser.add_argument("--readme", help="write the table of --evaluate between the marks in this file too")
+    parser.add_argument("--readme", help="write the tables of --evaluate between the marks in this file too")
     for name, f in fields.items():
         default = f.default_factory()
         kind = {"type": json.loads if isinstance(default, dict) else type(default), "metavar": name.upper()}

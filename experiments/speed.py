@@ -349,7 +349,7 @@ def table(m, head, device):
         better = ours / theirs if unit == "tokens/s" else theirs / ours
         share = f"{m['share'][figure]:.0f}" if figure in m["share"] else ""
         lines.append(f"| {what} | {unit} | {show(ours)} | {show(theirs)} | {better:.2f} | {share} | {show(both)} |")
-    lines += ["", "| target | reached | asked | |", "|---|---|---|---|"]
+    lines += ["", "| our target | reached | wanted | |", "|---|---|---|---|"]
     for what, value, bound in targets(m, device):
         met = value <= -bound if bound < 0 else value >= bound
         lines.append(f"| {what} | {show(value)} | {'at most' if bound < 0 else 'at least'} {abs(bound):g} | "

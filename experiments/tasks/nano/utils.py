@@ -1,6 +1,6 @@
 """What nano.yaml calls, and where questions.jsonl comes from.
 
-    python prepare_data.py                       makes data/emoji (the same rows whenever and wherever it is run)
+    python prepare_data.py emoji                 makes data/emoji (the same rows whenever and wherever it is run)
     python experiments/tasks/nano/utils.py       writes questions.jsonl: every 23rd row of its validation splits
 
 A question's picture is a recipe that assets/emoji/scenes.py draws; "row" is its number in the split.
