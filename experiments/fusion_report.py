@@ -6,6 +6,7 @@ Needs matplotlib once there are runs.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -211,7 +212,8 @@ def figures(args, answers):
         drawn[name] = args.results / f"{name}.png"
         fig.savefig(drawn[name], dpi=80, bbox_inches="tight")
         plt.close(fig)
-        Image.open(drawn[name]).convert("RGB").quantize(64).save(drawn[name], optimize=True)  # a third of the bytes
+        Image.open(drawn[name]).convert("RGB").quantize(64, Image.Quantize.MAXCOVERAGE).save(
+            drawn[name], optimize=True)  # a third of the bytes
 
     def bars(ax, found, text):  # {label: (mean, low, high)}
         for i, values in enumerate(found.values()):
@@ -276,8 +278,8 @@ def report(args):
         return [*(table or ["Not run yet."]), ""]
 
     def pictures(page, **texts):
-        return [line for name, text in texts.items() if name in drawn
-                for line in (f"![{text}]({drawn[name].relative_to(page.parent).as_posix()})", "")]  # fmt: skip
+        paths = {name: Path(os.path.relpath(drawn[name], page.parent)).as_posix() for name in texts if name in drawn}
+        return [line for name, path in paths.items() for line in (f"![{texts[name]}]({path})", "")]
 
     caption, main = "Accuracy of every variant, and learning curves", main_table(answers, "tuned")
     said = [sentences(answers)] if main else []
@@ -285,16 +287,19 @@ def report(args):
     probes = probe_table(cli.read_json(args.results / "probe.json", {}).get("attributes", {}))
     lines = ["### What the levels of the encoder hold", "", *shown(probes)]
     for regime, title in (("tuned", "From a pre-trained one-to-one model"), ("scratch", "From scratch")):
-        lines += [f"### {title}", "", *shown(main_table(answers, regime)),
-                  *(pictures(args.page, main=caption) if regime == "tuned" else []),
-                  "The paper's claims and two controls:", "", *shown(claims_table(answers, regime)),
+        table = main_table(answers, regime)
+        lines += [f"### {title}", "", *shown(table)]
+        if not table:
+            continue
+        lines += [*(pictures(args.page, main=caption) if regime == "tuned" else []),
+                  "The paper's claims, and controls of our own:", "", *shown(claims_table(answers, regime)),
                   "Points of accuracy against one-to-one, by what a question is about:", "",
                   *shown(needs_table(answers, regime)),
                   "Accuracy in % by kind of question:", ""]  # fmt: skip
-        tables = [kinds_table(answers, regime, split) for split in answers.questions]
-        for table in [table for table in tables if table] or [[]]:
+        for table in filter(None, (kinds_table(answers, regime, split) for split in answers.questions)):
             lines += shown(table)
-        lines += ["What the gates let in:", "", *shown(gates_table(answers, regime))]
+        lines += ["What the gates let in (means over the seeds: of a gate that is open in one seed and shut in another "
+                  "they say nothing):", "", *shown(gates_table(answers, regime))]
     lines += ["### Other weights at inference", "", *shown(interventions_table(answers))]
     for v in INTERVENED:
         lines += pictures(args.page, **{f"gates_{v}": f"{VARIANTS[v][0]}: mean W per kind of question",
