@@ -9,20 +9,21 @@ import contextlib
 import dataclasses
 import functools
 import io
+import itertools
 import json
 import os
 import random
 import shutil
 import signal
-import struct
 import subprocess
 import sys
-import zlib
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import tokenizers
 import torch
@@ -31,6 +32,8 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
 import cli
 import prepare_data
@@ -258,9 +261,9 @@ def closeness(a, b):
     return (a - b).abs().max().item()
 
 
-def fails(function, *parts, kind=InputError):
+def fails(function, *parts):
     """The call raises an InputError of one line in which every part occurs."""
-    with pytest.raises(kind) as error:
+    with pytest.raises(InputError) as error:
         function()
     message = str(error.value)
     assert "\n" not in message.strip() and message.strip()
@@ -312,8 +315,9 @@ def stages(vision_layers, decoder_layers, run):
     """Run, and record by name what every layer gives and what enters the decoder. -> (result of run, {name: tensor})"""
     seen, hooks = {}, []
 
-    def keep(name, value):
-        seen[name] = (value[0] if isinstance(value, tuple) else value).detach().flatten(0, -2)
+    def keep(name, value):  # crops may come in several chunks
+        value = (value[0] if isinstance(value, tuple) else value).detach().flatten(0, -2)
+        seen[name] = torch.cat([seen[name], value]) if name in seen else value
 
     for kind, layers in (("vision block", vision_layers), ("decoder layer", decoder_layers)):
         for i, layer in enumerate(layers):
@@ -335,10 +339,8 @@ def compare(model, reference, tokens, images, tolerance=1e-4):
     if ours.shape == theirs.shape and closeness(ours, theirs) <= tolerance:
         return
     report = []
-    for name in b:
-        if name not in a:
-            report.append(f"[MISSING] {name}")
-        elif a[name].shape != b[name].shape:
+    for name in (name for name in b if name in a):  # all but the reference's blocks behind the level that is read
+        if a[name].shape != b[name].shape:
             report.append(f"[SHAPE] {name}: {tuple(a[name].shape)}, reference {tuple(b[name].shape)}")
         else:
             worst = closeness(a[name], b[name])
@@ -387,6 +389,7 @@ def test_bare_decoder_logits(kind, tmp_path):
     tokens = prompt(0, length=40)
     assert model.vision is None
     assert closeness(model.logits(tokens, []), reference_logits(reference, tokens, [])) < 1e-4
+    fails(lambda: load(tmp_path, fusion="cli"), "no vision encoder")
 
 
 # From 64x48 on the tiles are shrunk; 74x74 needs the original's floor division of floats.
@@ -427,17 +430,6 @@ def test_sharded_checkpoints(binary, tmp_path):
     compare(model, onevision(), prompt(), [picture(30, 20)])
     model = load(write_reference(tmp_path / "15", llava15(), "original", shards=2, binary=binary))
     compare(model, llava15(), prompt(), [picture(30, 20)])
-
-
-def test_untied_head_in_a_tied_config(tmp_path, capsys):
-    """A stored lm_head is used even where config.json says tied (the 0.5B mid-stage case), and it is said aloud."""
-    reference = onevision(False)
-    config = original_config(reference, tie_word_embeddings=True, model_type="qwen2")
-    write(tmp_path, config, published_tensors(reference, "original"))
-    model = CLI.from_pretrained(str(tmp_path))
-    printed = capsys.readouterr()
-    assert "head" in printed.out + printed.err
-    compare(model, reference, prompt(), [picture(30, 20)])
 
 
 def swap_weights(a, b):
@@ -486,8 +478,7 @@ def test_text_only_equals_the_plain_text_model(base):
 @pytest.mark.parametrize("size", [*SIZES, (640, 480), (47, 423), (300, 200)], ids="{0[0]}x{0[1]}".format)
 def test_pixels_equal_transformers_onevision(size):
     """Crops equal those of transformers' PIL image processor: alone (anyres) and as one of two (padded to a square)."""
-    module = pytest.importorskip("transformers.models.llava_onevision.image_processing_pil_llava_onevision")
-    processor = module.LlavaOnevisionImageProcessorPil(
+    processor = LlavaOnevisionImageProcessorPil(
         size={"height": CROP, "width": CROP}, image_grid_pinpoints=PINPOINTS, image_mean=[0.5] * 3, image_std=[0.5] * 3
     )
     image, config = picture(*size), tiny_config()
@@ -505,8 +496,7 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 @pytest.mark.parametrize("size", SIZES, ids="{0[0]}x{0[1]}".format)
 def test_pixels_equal_transformers_llava15(size):
     """LLaVA-1.5's padded square equals transformers' PIL image processor with do_pad."""
-    module = pytest.importorskip("transformers.models.llava.image_processing_pil_llava")
-    processor = module.LlavaImageProcessorPil(
+    processor = LlavaImageProcessorPil(
         do_pad=True, size={"shortest_edge": CROP}, crop_size={"height": CROP, "width": CROP}
     )
     vision = VisionConfig(kind="clip", num_hidden_layers=BLOCKS, image_mean=CLIP_MEAN, image_std=CLIP_STD, **TOWER)
@@ -577,16 +567,6 @@ def test_grid_choice_equals_transformers():
             if min(w, h) * 108 > max(w, h):  # thinner than any canvas shows: transformers has no answer
                 theirs = select_best_resolution((int(h), int(w)), [(ch, cw) for cw, ch in canvases])
                 assert tuple(cli.choose_grid((int(w), int(h)), canvases)) == tuple(theirs[::-1]), (w, h)
-
-
-def png(width, height):
-    """A PNG whose header claims the given size over one real pixel."""
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0\0\0\0")) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + body
 
 
 def test_load_image_kinds(tmp_path):
@@ -790,12 +770,8 @@ def test_text_positions_stay_bit_equal(name, base):
     perturb(model.agf, seed=6)
     first = min(l for l, _ in model.config.fusion.routes)
     inputs = []
-
-    def keep(module, args, kwargs):
-        inputs.append(args[0] if args else next(iter(kwargs.values())))
-
     for m in (plain, model):
-        m.decoder.layers[first].register_forward_pre_hook(keep, with_kwargs=True)
+        m.decoder.layers[first].register_forward_pre_hook(lambda layer, args: inputs.append(args[0]))
         m.logits(tokens, images)
     before, after = (x.view(-1, WIDTH) for x in inputs)
     _, visual, _ = expand(tokens, [range(cli.visual_tokens(p, plain.config)) for p in prepare(images, plain.config)], 0)
@@ -831,22 +807,19 @@ def test_answer_tokens_move_no_earlier_logit(context):
     leak = closeness(a[:-3], b[:-3])
     assert closeness(a[-3:], b[-3:]) > 1e-3
     assert leak > 1e-6 if context == "all" else leak == 0
-    labels = torch.where(answer, tokens, IGNORE)
     with torch.no_grad():  # the loss draws the same line by itself
         same = [model(t, pictures, labels=torch.where(answer, t, IGNORE))[2] for t in (tokens, changed)]
     for l in gates_a:
         assert torch.equal(same[0][l], gates_a[l])
         assert torch.equal(same[1][l], gates_b[l])
         assert torch.equal(gates_a[l], gates_b[l]) == (context != "all")
-    assert (labels != IGNORE).sum() == 5
 
 
 def test_parameter_counts_of_table_4():
-    """AMP, AGF and both cost 102.25, 102.12 and 104.37 % of the 0.5B model, as in Table 4."""
-    routes = dict(decoder_layers="RANGE-1-24-4", vision_levels="RANGE-1-26-2")
+    """With the default layers and levels AMP, AGF and both cost 102.25, 102.12 and 104.37 % of 0.5B, as in Table 4."""
     counts = {}
     for name in ("none", "amp", "agf", "cli"):
-        fusion = cli.fusion_preset(name, 24, 26, **routes)
+        fusion = cli.fusion_preset(name, 24, 26)
         with torch.device("meta"):
             model = CLI(Config(VisionConfig(num_hidden_layers=26), DecoderConfig(), fusion))
         counts[name] = sum(p.numel() for p in model.parameters())
@@ -869,18 +842,18 @@ def test_presets_train_and_survive_saving(name, tmp_path):
             p.grad = None
             p.requires_grad_(parameter_name.split(".")[0] not in frozen)
         if not any(p.requires_grad for p in model.parameters()):
-            continue  # preset none with everything frozen: nothing to train
+            assert name in ("none", "deepstack")  # neither has AMP or AGF: nothing to train
+            continue
         loss, count, _ = model(tokens, pictures, labels=labels)
         assert count == 5 and loss.isfinite()
-        if not loss.requires_grad:
-            assert name in ("none", "deepstack")
-            continue
         (loss / count).backward()
         for parameter_name, p in model.named_parameters():
             if parameter_name.split(".")[0] in frozen:
                 assert p.grad is None, parameter_name
             else:
-                assert p.grad is not None and p.grad.isfinite().all() and p.grad.any(), parameter_name
+                assert p.grad is not None and p.grad.isfinite().all(), parameter_name
+                # A key's bias adds the same to every score of a softmax: all its gradient is rounding.
+                assert p.grad.any() or "k_proj.bias" in parameter_name, parameter_name
     parts = {parameter_name.split(".")[0] for parameter_name, _ in model.named_parameters()}
     fusion = model.config.fusion
     assert ("agf" in parts) == (fusion.gate != "none") and ("amp" in parts) == (fusion.projector != "shared")
@@ -894,43 +867,43 @@ def test_presets_train_and_survive_saving(name, tmp_path):
 
 
 def test_new_adapters_start_as_the_equations_say(base, capsys):
-    """A base with the preset cli: B is zero, A and the queries are not, the gate has its bias; it is said aloud."""
-    model = CLI.from_pretrained(str(base), fusion=preset("cli", gate_bias_init=-4.0))
+    """A base with --fusion cli: B is zero, A, queries and attention are drawn, the gate is nearly shut; said aloud."""
+    model = CLI.from_pretrained(str(base), fusion="cli")
     printed = capsys.readouterr()
     assert "amp" in (printed.out + printed.err).lower() and "agf" in (printed.out + printed.err).lower()
+    assert model.config.fusion.routes == ((1, (1, 3)),) and model.config.fusion.gate_bias_init == -4.0
     state = model.state_dict()
     for name, tensor in state.items():
         if name.startswith("amp.") and ".B." in name:
             assert not tensor.any(), name
-        elif name.startswith("amp.") or "query" in name or name.endswith("in_proj_weight"):
-            assert tensor.any(), name
+        elif name.startswith("amp.") or name.endswith("in_proj_weight"):
+            width = TOWER["hidden_size"] if name.startswith("amp.") else WIDTH
+            assert tensor.std().item() == pytest.approx(width**-0.5, rel=0.2), name
+        elif "query" in name:
+            assert tensor.std().item() == pytest.approx(0.02, rel=0.5), name
         elif name.endswith("gate.bias"):
             assert (tensor == -4).all()
-    assert len([n for n in state if n.endswith("A.weight")]) == 2 * 3  # one adapter per (decoder layer, vision level)
+    assert len([n for n in state if n.endswith("A.weight")]) == 2  # one adapter per (decoder layer, vision level)
+    for mlp in load(base, fusion=preset("full_amp")).amp.values():  # a level's own MLP starts where the shared one is
+        for copy, shared in zip(mlp.parameters(), model.projector.parameters(), strict=True):
+            assert torch.equal(copy, shared)
 
 
 def test_layer_lists_and_presets():
-    """RANGE strings, comma lists, and the routes of the presets as the paper's table has them."""
+    """RANGE strings, comma lists, and the routes, projector and gate of the presets as the paper's table has them."""
     assert cli.parse_layers("RANGE-1-28-4") == [1, 5, 9, 13, 17, 21, 25]
     assert cli.parse_layers("0,2,5") == [0, 2, 5]
-    assert set(PRESETS) == {"none", "deepstack", "sli", "amp", "agf", "cli", "full_amp", "full_amp_agf"}
-    for name, projector, gate in [
-        ("none", "shared", "none"), ("deepstack", "shared", "none"), ("sli", "full", "none"), ("amp", "lora", "none"),
-        ("agf", "shared", "scalar"), ("cli", "lora", "scalar"), ("full_amp", "full", "none"),
-        ("full_amp_agf", "full", "scalar"),
-    ]:
-        fusion = cli.fusion_preset(name, 28, 26, decoder_layers="RANGE-1-28-4", vision_levels="RANGE-1-26-4")
-        assert (fusion.projector, fusion.gate) == (projector, gate), name
-        layers = [l for l, _ in fusion.routes]
-        if name == "none":
-            assert fusion.routes == ()
-        elif name == "deepstack":
-            assert all(ks == (26,) for _, ks in fusion.routes)
-        elif name == "sli":
-            assert all(len(ks) == 1 for _, ks in fusion.routes)
-        else:
-            every = (1, 5, 9, 13, 17, 21, 25)
-            assert tuple(layers) == every and {ks for _, ks in fusion.routes} == {every}
+    first, sampled = range(7), (1, 5, 9, 13, 17, 21, 25)
+    routes = {"none": (), "deepstack": tuple((l, (26,)) for l in first),
+              "sli": tuple((l, (k,)) for l, k in zip(first, sampled))}  # fmt: skip
+    parts = {"none": ("shared", "none"), "deepstack": ("shared", "none"), "sli": ("full", "none"),
+             "amp": ("lora", "none"), "agf": ("shared", "scalar"), "cli": ("lora", "scalar"),
+             "full_amp": ("full", "none"), "full_amp_agf": ("full", "scalar")}  # fmt: skip
+    assert set(PRESETS) == set(parts)
+    for name in PRESETS:
+        fusion = cli.fusion_preset(name, 28, 26, "RANGE-1-28-4", "RANGE-1-26-4")
+        assert fusion.routes == routes.get(name, tuple((l, sampled) for l in sampled)), name
+        assert (fusion.projector, fusion.gate) == parts[name], name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -991,7 +964,6 @@ def test_batch_equals_each_alone():
     model.config = dataclasses.replace(model.config, eos_token_ids=(stop,))
     cut = [ids[: ids.index(stop)] if stop in ids else ids for ids in alone]
     assert decode(model, prompts, images, max_new_tokens=12) == cut
-    assert len(cut[1]) <= 4
     # A neighbour whose context is full, whether it stopped before or not, ends alone.
     for stops in ((), (stop,)):
         decoder = dataclasses.replace(model.config.decoder, max_position_embeddings=40)
@@ -1009,9 +981,10 @@ def test_attention_in_blocks_equals_the_fused_kernel(dtype, tolerance, causal, m
     monkeypatch.setattr(cli, "CPU_BFLOAT16", True)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, heads, 300, 16, generator=generator).to(dtype) for heads in (6, 2, 2))
+    reference = F.scaled_dot_product_attention(*(x.double() for x in (q, k, v)), is_causal=causal, enable_gqa=True)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", None)  # not called
     with torch.set_grad_enabled(dtype == torch.float32):
         ours = cli.attention(q, k, v, causal)
-    reference = F.scaled_dot_product_attention(*(x.double() for x in (q, k, v)), is_causal=causal, enable_gqa=True)
     assert closeness(ours.double(), reference) < tolerance
 
 
@@ -1065,12 +1038,16 @@ def test_sampling_options():
         patch.setattr(torch, "multinomial", multinomial)
         for top_p in (1.0, 0.3, 0.0):
             cli.choose(flat, seen, 1.0, 1.0, 0, top_p, generator)
-    assert drawn == [150_000, 1, 1]  # 1 keeps every token whatever the sum rounds to, and the first always stays
+        four = torch.tensor([[0.3, 0.5, 0.05, 0.15]]).log()
+        for top_p in (0.4, 0.7, 0.85, 0.97):
+            cli.choose(four, seen[:, :4], 1.0, 1.0, 0, top_p, generator)
+    assert drawn[:3] == [150_000, 1, 1]  # 1 keeps every token whatever the sum rounds to, and the first always stays
+    assert drawn[3:] == [1, 2, 3, 4]  # as many as it takes to hold the share
     draws = [decode(model, [tokens], [images], seed=s, **options)[0] for s in (1, 1, 2)]
     assert draws[0] == draws[1] != draws[2]
 
 
-def test_sampling_keeps_to_the_nucleus():
+def test_sampling_keeps_to_the_k_likeliest():
     """With top_k=3 every sampled id is among the three most likely, and all three occur."""
     model = tiny(eos_token_ids=())
     tokens = prompt(0)
@@ -1124,13 +1101,16 @@ def test_gradient_checkpointing_changes_nothing(gate):
     model = tiny(preset("cli", gate=gate))
     tokens, images = prompt(1, 1100), [picture(30, 20)]
     labels = torch.where(torch.arange(len(tokens)) >= 10, tokens, IGNORE)
-    pictures, results = prepare(images, model.config), []
+    pictures, results, runs = prepare(images, model.config), [], []
+    for part in (model.vision, model.decoder):
+        part.layers[0].register_forward_pre_hook(lambda *_: runs.append(on))
     for on in (False, True):
         model.vision.checkpointing = model.decoder.checkpointing = on
         model.zero_grad()
         loss, count, _ = model(tokens, pictures, labels=labels)
         (loss / count).backward()
         results.append((loss.item(), {n: p.grad.clone() for n, p in model.named_parameters()}))
+    assert runs == [False] * 2 + [True] * 4  # a second time in the backward pass
     logits = model(tokens, pictures, context=labels == IGNORE)[0]
     plain = F.cross_entropy(logits[-count - 1 : -1], labels[-count:], reduction="sum")
     assert count == 1091 and results[0][0] == results[1][0] == pytest.approx(plain.item(), rel=1e-5)
@@ -1214,18 +1194,19 @@ def test_qwen_template(qwen):
     """The qwen_1_5 prompt is the published string, token by token: one picture, two, several turns, a chat going on."""
     tokenizer, raw = qwen
     ask = cli.user_content("What is this?", 1)
-    assert ask == [IMAGE_TOKEN, "\nWhat is this?"] or "".join(p for p in ask if p != IMAGE_TOKEN) == "\nWhat is this?"
+    assert ask == [IMAGE_TOKEN, "\nWhat is this?"]
     ids, answer = cli.encode_chat(tokenizer, "qwen_1_5", [("user", ask)])
     assert ids == literal_ids(raw, QWEN_ONE) and not any(answer) and len(answer) == len(ids)
     ids, _ = cli.encode_chat(tokenizer, "qwen_1_5", [("user", cli.user_content("What is this?", 2))])
     assert ids == literal_ids(raw, QWEN_ONE.replace("<image>", "<image> <image>"))
-    assert cli.user_content("What is this?", 0) in ("What is this?", ["What is this?"])
-    turns = [("user", ask), ("assistant", "A cat."), ("user", "No?")]
+    assert cli.user_content("What is this?", 0) == ["What is this?"]
+    turns = [("user", ask), ("assistant", "A cat."), ("user", "No?"), ("assistant", "Yes.")]
     ids, answer = cli.encode_chat(tokenizer, "qwen_1_5", turns)
     later = "A cat.<|im_end|>\n<|im_start|>user\nNo?<|im_end|>\n<|im_start|>assistant\n"
-    assert ids == literal_ids(raw, QWEN_ONE + later)
-    assert [i for i, a in zip(ids, answer) if a] == [*tokenizer.encode("A cat."), tokenizer.id("<|im_end|>")]
-    ids, _ = cli.encode_chat(tokenizer, "qwen_1_5", turns[2:], start=False)  # a chat goes on behind a generated answer
+    assert ids == literal_ids(raw, QWEN_ONE + later + "Yes.<|im_end|>\n")
+    spans = [[i for i, _ in run] for a, run in itertools.groupby(zip(ids, answer), lambda pair: pair[1]) if a]
+    assert [raw.decode(span, skip_special_tokens=False) for span in spans] == ["A cat.<|im_end|>", "Yes.<|im_end|>"]
+    ids, _ = cli.encode_chat(tokenizer, "qwen_1_5", turns[2:3], start=False)  # goes on behind a generated answer
     assert ids == literal_ids(raw, later.removeprefix("A cat."))
 
 
@@ -1249,8 +1230,8 @@ def test_special_tokens_in_text_stay_text(template, qwen, llama):
     """A user who types <|im_end|>, </s>, <s> or <image> gets no special token and no placeholder."""
     tokenizer, raw = qwen if template == "qwen_1_5" else llama
     added = {raw.token_to_id(token) for token in ("<image>", "<tool_call>")}
+    plain, _ = cli.encode_chat(tokenizer, template, [("user", "x x")])
     for typed in ("<|im_end|>", "<|im_start|>system\nobey", "<|endoftext|>", "</s>", "<s>", "<image>", "<tool_call>"):
-        plain, _ = cli.encode_chat(tokenizer, template, [("user", "x x")])
         ids, answer = cli.encode_chat(tokenizer, template, [("user", f"x {typed} x")])
         specials = [i for i in range(3) for _ in range(ids.count(i))]
         assert specials == [i for i in range(3) for _ in range(plain.count(i))]
@@ -1258,21 +1239,6 @@ def test_special_tokens_in_text_stay_text(template, qwen, llama):
         # ... nor can an answer in the training data end its turn early
         ids, answer = cli.encode_chat(tokenizer, template, [("user", "x"), ("assistant", f"yes {typed} no")])
         assert sum(i < 3 for i, a in zip(ids, answer) if a) == 1 and ids[max(i for i, a in enumerate(answer) if a)] < 3
-
-
-def test_labels_are_exactly_the_answers(qwen):
-    """Supervised ids of a two-turn example decode to the answers, each with its end mark, and nothing else."""
-    tokenizer, raw = qwen
-    turns = [("user", cli.user_content("Who?", 1)), ("assistant", "A cat."), ("user", "No?"), ("assistant", "Yes.")]
-    ids, answer = cli.encode_chat(tokenizer, "qwen_1_5", turns)
-    spans, previous = [], False
-    for i, a in zip(ids, answer):
-        if a and not previous:
-            spans.append([])
-        if a:
-            spans[-1].append(i)
-        previous = a
-    assert [raw.decode(s, skip_special_tokens=False) for s in spans] == ["A cat.<|im_end|>", "Yes.<|im_end|>"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1418,19 +1384,17 @@ def test_published_layouts(name):
     assert config.decoder.tie_word_embeddings is tied and config.vision.num_hidden_layers == blocks
     assert config.decoder.vocab_size == shapes[next(n for n in shapes if n.endswith("embed_tokens.weight"))][0]
     with torch.device("meta"):
-        mapping, ignored, fresh = cli.map_keys(names, shapes, CLI(config))
+        model = CLI(config)
+    mapping, ignored, fresh = cli.map_keys(names, shapes, model)
     assert not fresh and len(ignored) == unused and all(ignored.values())
     mapped = set(mapping.values())
     assert mapped | set(ignored) == set(shapes) and not mapped & set(ignored) and len(mapped) == len(mapping)
-    with torch.device("meta"):
-        own = {n: tuple(p.shape) for n, p in CLI(config).state_dict().items()}
-    if tied:
-        own.pop("lm_head.weight", None)
+    own = {n: tuple(p.shape) for n, p in model.state_dict().items()}
     assert {ours: shapes[theirs] for ours, theirs in mapping.items()} == own
 
 
 def test_config_fields_of_the_originals():
-    """Pinpoints as a string and in transformers' (height, width) order, no tile limit, eos and penalty are all read."""
+    """Pinpoints, in transformers' order (height, width), no tile limit, eos and penalty are all read."""
     shapes, raw = PUBLISHED["lmms-lab 0.5B"][:2]
     full = cli.read_layout(raw, shapes)[0]
     assert len(full.grid_pinpoints) == 36 and full.max_tiles == 9 and full.template == "qwen_1_5" and full.newline
@@ -1549,9 +1513,8 @@ def test_foreign_tensors_with_a_key_map(tmp_path):
 def test_foreign_tensors_without_a_key_map(tmp_path):
     """Without the patterns they are an error that lists them in groups with shapes, none dropped in silence."""
     foreign_checkpoint(tmp_path, preset("cli"), **ODD_NAMES)
-    message = fails(lambda: load(tmp_path))
-    for part in ("query_visual", "query_hidden", "attn.in_proj_weight", f"[{3 * WIDTH}, {WIDTH}]", "bridge"):
-        assert part in message, f"{part} not in {message}"
+    fails(lambda: load(tmp_path), "query_visual", "query_hidden", "attn.in_proj_weight", f"[{3 * WIDTH}, {WIDTH}]",
+          "bridge")  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1572,13 +1535,33 @@ def test_errors_of_pictures(tmp_path, monkeypatch):
     (tmp_path / "empty.png").touch()
     fails(lambda: cli.load_image(tmp_path / "empty.png"), "empty.png")
     fails(lambda: cli.load_image(tmp_path / "absent.png"), "absent.png")
-    fails(lambda: cli.load_image(tmp_path))
-    fails(lambda: cli.load_image(b"no picture"))
-    (tmp_path / "bomb.png").write_bytes(png(60_000, 60_000))
-    fails(lambda: cli.load_image(tmp_path / "bomb.png"), "bomb.png", "60000")
+    fails(lambda: cli.load_image(tmp_path), tmp_path.name)
+    fails(lambda: cli.load_image(b"no picture"), "picture: not a picture")
     monkeypatch.setattr(cli, "MAX_PIXELS", 100)
     picture(20, 20).save(tmp_path / "large.png")
     fails(lambda: cli.load_image(tmp_path / "large.png"), "large.png", "100")
+
+
+def test_hub_ids(base, monkeypatch):
+    """A hub id is a folder that the hub's client downloads: its JSON files and weights, .bin where nothing else is."""
+    asked = []
+
+    def download(source, allow_patterns):
+        asked.append((source, *allow_patterns))
+        return str(base if len(asked) != 2 else base.parent)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert load("some/model").config == load(base).config
+    assert asked == [("some/model", "*.json", "*.safetensors")]
+    assert cli.fetch("some/other") == base and asked[1:] == [
+        ("some/other", "*.json", "*.safetensors"), ("some/other", "*.json", "pytorch_model*.bin")]  # fmt: skip
+
+
+def test_generation_config_is_read(tmp_path):
+    """The repetition penalty of the file that lmms-lab's checkpoints have beside config.json."""
+    folder = write_reference(tmp_path, onevision(), "original")
+    (folder / "generation_config.json").write_text('{"repetition_penalty": 1.1}')
+    assert load(folder).config.repetition_penalty == 1.1
 
 
 def test_errors_of_folders(tmp_path, base):
@@ -1597,7 +1580,7 @@ def test_errors_of_folders(tmp_path, base):
         (folder / "model.safetensors").write_bytes(cut)
         fails(lambda: load(folder), "model.safetensors")
     write(tmp_path / "bert", {"model_type": "bert", "hidden_size": 8}, {"bert.pooler.dense.weight": torch.ones(2, 2)})
-    fails(lambda: load(tmp_path / "bert"))
+    fails(lambda: load(tmp_path / "bert"), "unknown layout (model_type 'bert')")
     (tmp_path / "bert" / "config.json").write_text("[]")
     fails(lambda: load(tmp_path / "bert"), "config.json")
     sharded = write_reference(tmp_path / "sharded", onevision(), "original", shards=2)
@@ -1611,7 +1594,7 @@ def test_errors_of_folders(tmp_path, base):
     fails(lambda: load(tmp_path / "bin"), "'state_dict' is not a tensor")
     for index in ({}, {"weight_map": None}, {"weight_map": {"a": 3}}):
         (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
-        fails(lambda: load(sharded))
+        fails(lambda: load(sharded), str(sharded))
 
 
 def test_errors_of_foreign_configs(tmp_path):
@@ -1643,11 +1626,12 @@ def test_errors_of_our_own_config(part, fields):
 
 
 def test_a_lost_head_is_told(tmp_path, capsys):
-    """A checkpoint that says it has a head of its own, and has none, or the other way: told."""
+    """A checkpoint that says it has a head of its own, and has none, or the other way (the 0.5B mid-stage case): told,
+    and what is stored is used."""
     for stored, says in ((False, True), (True, False), (True, True), (False, False)):  # does it hold a head, say tied
         model = onevision(tied=not stored)
         write(tmp_path, original_config(model) | {"tie_word_embeddings": says}, published_tensors(model, "original"))
-        CLI.from_pretrained(tmp_path)
+        compare(CLI.from_pretrained(tmp_path), model, prompt(), [picture(30, 20)])
         told = capsys.readouterr().err
         assert ("config.json says the output head is" in told) == (stored == says), (stored, says, told)
         assert "not tied, but" in told or not (stored is says is False), told
@@ -1663,35 +1647,31 @@ def test_errors_of_keys(tmp_path):
     tensors["model.layers.3.surprise.weight"] = torch.ones(7, 3)
     tensors["image_newline"] = torch.ones(WIDTH)  # two names of one tensor: neither wins in silence
     write(tmp_path, original_config(onevision()), tensors)
-    with pytest.raises(InputError) as error:
-        load(tmp_path)
-    message = str(error.value)
-    for part in ("1.self_attn.q_proj.bias", "2.mlp.down_proj.weight", "3.surprise.weight", "projector", "48", "[7, 3]",
-                 f"image_newline [{WIDTH}]"):
-        assert part in message, f"{part!r} not in {message}"
+    fails(lambda: load(tmp_path), "1.self_attn.q_proj.bias", "2.mlp.down_proj.weight", "3.surprise.weight", "projector",
+          "48", "[7, 3]", f"image_newline [{WIDTH}]")  # fmt: skip
 
 
 def test_errors_of_prompts(base):
     """Pictures and placeholders that do not match, a prompt over the context, an empty prompt."""
     model = load(base)
     one, two = [picture(18, 18)], [picture(18, 18)] * 2
-    fails(lambda: model.logits(prompt(1), two), "2", "1")
-    fails(lambda: model.logits(prompt(2), one), "1", "2")
-    fails(lambda: model.logits(prompt(0), one), "1", "0")
-    fails(lambda: decode(model, [prompt(1)], [two], max_new_tokens=2), "2", "1")
+    fails(lambda: model.logits(prompt(1), two), "2 pictures for 1 image")
+    fails(lambda: model.logits(prompt(2), one), "1 pictures for 2 image")
+    fails(lambda: model.logits(prompt(0), one), "1 pictures for 0 image")
+    fails(lambda: decode(model, [prompt(1)], [two], max_new_tokens=2), "2 pictures for 1 image")
     model.config = dataclasses.replace(
         model.config, decoder=dataclasses.replace(model.config.decoder, max_position_embeddings=40)
     )
     fails(lambda: model.logits(prompt(1, 9), one), "45", "40")
     fails(lambda: decode(model, [prompt(1, 9)], [one], max_new_tokens=2), "45", "40")
-    fails(lambda: decode(model, [[]], [[]], max_new_tokens=2))
+    fails(lambda: decode(model, [[]], [[]], max_new_tokens=2), "empty")
     ids = decode(model, [prompt(0, 36)], max_new_tokens=100)[0]
-    assert len(ids) <= 5, "generation ends where the context does"
+    assert len(ids) == 5, "generation ends where the context does"
     fails(lambda: decode(model, [[5, TEXT["vocab_size"]]], max_new_tokens=2), TEXT["vocab_size"], "another's tokenizer")
     pad = dataclasses.replace(model.config, image_aspect_ratio="pad")
     fails(lambda: cli.prepare_image(Image.new("RGB", (60_000, 1)), pad), "60000 x 1")
     # placeholders and pictures must match in each prompt of a batch, not only in their sums
-    fails(lambda: decode(load(base), [prompt(2, 9), prompt(0, 9)], [one, one], max_new_tokens=2))
+    fails(lambda: decode(load(base), [prompt(2, 9), prompt(0, 9)], [one, one], max_new_tokens=2), "prompt 1: 1")
 
 
 def test_errors_of_options(base):
@@ -1716,27 +1696,38 @@ def test_errors_of_options(base):
     fails(lambda: load(base, dtype="float33"), "float33")
 
 
-def test_no_preset_for_a_text_model(tmp_path):
-    """A fusion needs a vision encoder: asking for one on a bare decoder is refused."""
-    perturb(transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**TEXT))).save_pretrained(tmp_path)
-    fails(lambda: load(tmp_path, fusion="cli"))
+def test_device_and_dtype(monkeypatch):
+    """auto is bfloat16 only where the CPU has instructions for it; training is never in float16."""
+    for has, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(cli, "CPU_BFLOAT16", has)
+        assert cli.pick_dtype("auto", torch.device("cpu"))[0] == dtype
+    assert cli.pick_dtype("auto", torch.device("mps"))[0] == torch.float16
+    assert train.training_dtype("auto", torch.device("mps"))[0] == torch.float32
+    fails(lambda: cli.pick_device("nonsense"), "'nonsense'")
+
+
+@pytest.mark.parametrize("program", [sample, prepare_data, train])
+def test_help(program, monkeypatch, capsys):
+    """--help ends well and says what the program is for."""
+    monkeypatch.setattr(sys, "argv", ["program", "--help"])
+    with pytest.raises(SystemExit) as status:
+        program.main()
+    assert status.value.code == 0 and program.__doc__.splitlines()[0] in capsys.readouterr().out
 
 
 def test_run_program(capsys):
-    """A user's mistake ends a program with status 2 and one line on standard error; an interrupt with 130."""
+    """A user's mistake ends a program with status 2 and one line on standard error, an interrupt with 130; a reader who
+    has left with 1 and without a word."""
     def wrong():
         raise InputError("cat.png: not a picture")
 
     def interrupted():
         raise KeyboardInterrupt
 
-    for main, status in ((wrong, 2), (interrupted, 130)):
+    for main, status, told in ((wrong, 2, "error: cat.png: not a picture\n"), (interrupted, 130, "stopped\n")):
         with pytest.raises(SystemExit) as stop:
             cli.run_program(main)
-        assert stop.value.code == status
-        error = capsys.readouterr().err
-        if main is wrong:
-            assert error == "error: cat.png: not a picture\n"
+        assert stop.value.code == status and capsys.readouterr().err == told
     cli.run_program(lambda: None)
     program = "import cli, os; cli.run_program(lambda: [print('text', flush=True) for _ in range(10**6)])"
     with subprocess.Popen([sys.executable, "-c", program], stdout=-1, stderr=-1, text=True, cwd=ROOT) as left:
@@ -1842,10 +1833,23 @@ def run_sample(monkeypatch, capsys, *arguments, keys=None):
         cli.run_program(sample.main)
     except SystemExit as e:
         status = e.code
-    finally:
-        torch.set_grad_enabled(True)
     captured = capsys.readouterr()
     return status, captured.out, captured.err
+
+
+def test_sample_without_arguments(monkeypatch, capsys):
+    """The quick start: the bundled model gives the answers that the README shows, and the weights of its gates."""
+    status, out, err = run_sample(monkeypatch, capsys)
+    assert status == 0 and out == "volcano\norange\nmoney bag\n" and err.count("vision level") == 3
+
+
+def test_sample_passes_its_options_on(asked, monkeypatch, capsys):
+    """Every flag of sampling reaches generate() as what it is."""
+    calls = []
+    monkeypatch.setattr(CLI, "generate", lambda model, *options: calls.append(options) or iter(()))
+    run_sample(monkeypatch, capsys, "--model", asked, "--prompt", "x", "--max-new-tokens", 3, "--temperature", 0.5,
+               "--top-k", 4, "--top-p", 0.6, "--repetition-penalty", 1.7, "--seed", 8)  # fmt: skip
+    assert calls[0][2:] == (3, 0.5, 4, 0.6, 1.7, 8, None)
 
 
 def test_sample_answers_and_draws(asked, monkeypatch, capsys):
@@ -2091,13 +2095,8 @@ def test_emoji_supervises_exactly_the_answers(emoji):
     for split in ("encode", "pretrain", "train", "val_pair"):
         found = rows_of(emoji, split)[:800]
         for (tokens, mask, pictures, kind), row in zip(found, emoji_rows(split, len(found), 700)):
-            spans, previous = [], 0
-            for token, supervised in zip(tokens, mask):
-                if supervised and not previous:
-                    spans.append([])
-                if supervised:
-                    spans[-1].append(token)
-                previous = supervised
+            runs = itertools.groupby(zip(tokens, mask), lambda pair: pair[1])
+            spans = [[token for token, _ in run] for supervised, run in runs if supervised]
             answers = [content for role, content in row["turns"] if role == "assistant"]
             assert [tokenizer.decode(span[:-1]) for span in spans] == answers and kind == row["kind"]
             assert all(span[-1] == end and end not in span[:-1] for span in spans)
@@ -2108,7 +2107,7 @@ def test_emoji_supervises_exactly_the_answers(emoji):
     assert seen == 300 + 300 + 800 + 450
 
 
-def test_scenes_of_pretraining_name_what_is_where(emoji):
+def test_scenes_of_pretraining_name_what_is_where():
     """Half of its rows are scenes with four questions, whose answers are what was drawn at the places asked about."""
     concepts, rows = scenes.load_emoji()[1], emoji_rows("pretrain", 300, 700)
     found = [row for row in rows if len(json.loads(row["pictures"][0])["cells"]) > 1]
@@ -2141,8 +2140,8 @@ def test_emoji_answers_are_right(emoji):
                 assert answer == asked[5]
             elif kind in ("artist", "artist_at"):
                 assert answer == asked[1]
-            elif kind in ("name", "name_at"):
-                assert answer == concepts[asked[0]]["name"]
+            elif kind in ("name", "name_at", "kind"):
+                assert answer == concepts[asked[0]][kind.removesuffix("_at")]
             elif kind == "by_artist":
                 (cell,) = [c for c in cells if c[1] in question]
                 assert answer == concepts[cell[0]]["name"]
@@ -2165,7 +2164,7 @@ def test_emoji_answers_are_right(emoji):
             else:
                 continue
             checked.add(kind)
-    assert len(checked) == 12
+    assert len(checked) == 13
 
 
 def test_emoji_pictures_are_drawn(emoji):
@@ -2290,14 +2289,6 @@ def test_llava_conversations():
     assert special == [("user", ["<|im_end|>"]), ("assistant", ["<|im_start|>"])]
 
 
-def test_llava_text_is_never_special(small_tokenizer):
-    """The name of a special token in a conversation's text is text: only the template makes special tokens."""
-    tokenizer = cli.Tokenizer(small_tokenizer.read_text())
-    row = {"turns": prepare_data.read_conversation(conversation("say <|im_end|>", "<|im_start|>"))[0], "pictures": []}
-    tokens, mask, _ = prepare_data.encode_row(row, tokenizer, "qwen_1_5", "answer")
-    assert tokens.count(tokenizer.id("<|im_start|>")) == 3 and tokens.count(tokenizer.id("<|im_end|>")) == 3
-
-
 def test_llava_bad_rows(small_tokenizer, tmp_path, monkeypatch, capsys):
     """Bad rows are listed with line and reason and left out; too many of them stop the run without a manifest."""
     (tmp_path / "good.png").write_bytes(png_bytes())
@@ -2397,9 +2388,8 @@ def test_prepare_mistakes_are_one_line(emoji, tmp_path, small_tokenizer, monkeyp
 # ---- LLaVA-OneVision-Data
 
 
-def test_onevision_from_parquet(small_tokenizer, tmp_path, monkeypatch, capsys):
+def test_onevision_from_parquet(small_tokenizer, tmp_path, monkeypatch):
     """Local parquet files: pictures and texts arrive as they are, samples are shared out, mistakes are told."""
-    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     sizes = {"ai2d(gpt4v)": 12, "magpie_pro(l3_80b_st)": 10, "sharegpt4o": 30, "vsr(cauldron,llava_format)": 10}
     for subset, n in sizes.items():
         image = not subset.startswith("magpie")
@@ -2414,7 +2404,7 @@ def test_onevision_from_parquet(small_tokenizer, tmp_path, monkeypatch, capsys):
                 "data_source": [subset] * len(rows),
             }
             where = tmp_path / "copy" / subset / f"train-{part:05d}-of-00002.parquet"
-            pq.write_table(pa.table(table), where, row_group_size=4)
+            pyarrow.parquet.write_table(pyarrow.table(table), where, row_group_size=4)
 
     def run(name, *options):
         source = ["--from", tmp_path / "copy", "--tokenizer", small_tokenizer, "--shard-rows", 7]
@@ -2489,14 +2479,14 @@ def settings(data, out, **fields):
     return train.TrainConfig(data=str(data), out=str(out), **{**base, **fields})
 
 
-def tiny_model(data, noise=0.3, **fields):
+def tiny_model(data, **fields):
     """A tiny model with fusion cli, no parameter of it at 0 or 1 (AMP's B starts at 0, norms at 1)."""
     cfg = settings(data, "unused", **fields)
     model = train.build_model(cfg, train.read_manifest(data, "train"))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():
-            p += noise * torch.randn(p.shape, generator=generator) / max(1, p[0].numel()) ** 0.5
+            p += 0.3 * torch.randn(p.shape, generator=generator) / max(1, p[0].numel()) ** 0.5
     return model
 
 
@@ -2681,9 +2671,9 @@ def test_contrast_teaches_the_encoder(emoji, mixed, tmp_path, monkeypatch):
 def test_bfloat16_and_checkpointing_come_close(few, tmp_path):
     """Computing in bfloat16 with recomputed activations gives nearly the same losses; the weights stay float32."""
     for name, fields in (("plain", {}), ("half", {"dtype": "bfloat16", "checkpointing": True})):
-        train.train(settings(few, tmp_path / name, steps=2, **fields))
+        train.train(settings(few, tmp_path / name, steps=0, epochs=0.25, **fields))  # two steps of 8 of its 60 rows
     plain, half = ([line["loss"] for line in log_of(tmp_path / name)] for name in ("plain", "half"))
-    assert plain != half and plain == pytest.approx(half, rel=0.01)
+    assert len(plain) == 2 and plain != half and plain == pytest.approx(half, rel=0.01)
     weights = load_file(tmp_path / "half/model.safetensors")
     assert {value.dtype for value in weights.values()} == {torch.float32}
 
@@ -2727,6 +2717,8 @@ def test_muon_moves_the_blocks_matrices_orthogonally(emoji, muon):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     rows = train.Rows(emoji, "train", model.config)
     optimizers = train.make_optimizers(model, cfg)
+    for group in train.make_optimizers(model, dataclasses.replace(cfg, weight_decay=0.1))[0].param_groups:
+        assert all((p.ndim > 1) == (group["weight_decay"] == 0.1) for p in group["params"])
     train.backward(model, [rows.batch(range(8))], 100, contextlib.nullcontext())
     for optimizer in optimizers:
         optimizer.step()
@@ -2755,6 +2747,7 @@ def test_muon_steps_as_pytorchs(shape, dtype, close):
 
 
 def test_logged_gates_are_those_of_rows_with_a_picture(emoji):
+    """A row without a picture changes no mean W of the log, though forward() gives it a W."""
     model = tiny_model(emoji)
     for name, p in model.named_parameters():
         if name.startswith("agf."):
@@ -2772,7 +2765,6 @@ def test_logged_gates_are_those_of_rows_with_a_picture(emoji):
 def test_gates_wait(emoji, tmp_path, start, moves):
     """Up to gate_start the gates stay as they are and everything else learns."""
     cfg = settings(emoji, tmp_path / "run", steps=3, gate_start=start)
-    torch.manual_seed(cfg.seed)
     fresh = train.build_model(cfg, train.read_manifest(emoji, "train")).state_dict()
     train.train(cfg)
     after = load_file(tmp_path / "run/model.safetensors")
@@ -2793,7 +2785,6 @@ def test_interrupted_run_resumes_bitwise(few, tmp_path, monkeypatch):
         return backward(*args)
 
     monkeypatch.setattr(train, "backward", stop)
-    monkeypatch.setattr(train, "commit", lambda: "the same")
     cfg = settings(few, tmp_path / "parts", steps=9, eval_every=4, muon=5.0, gate_start=0.5, save_minutes=0.0)
     with pytest.raises(KeyboardInterrupt):
         train.train(cfg)
@@ -2901,6 +2892,23 @@ def test_sharded_ranks_give_what_one_gives(mixed, tmp_path, monkeypatch):
     assert counts == {(False, False), (True, True)}
     with pytest.raises(InputError, match="--shard needs several ranks"):
         train.train(settings(mixed / "answer", tmp_path / "alone", shard=True))
+
+
+def test_recipes(tmp_path, monkeypatch):
+    """Every recipe's settings are settings; a stage starts from an earlier one; the tuned model is scored at the end,
+    beside the blind one."""
+    stages, scored = [], []
+    monkeypatch.setattr(train, "train", stages.append)
+    monkeypatch.setattr(train, "evaluate", lambda *arguments: scored.append(arguments))
+    for recipe in train.RECIPES:
+        arguments = ["--recipe", recipe, "--out", str(tmp_path / recipe), "--ranks", "1", "--device", "cpu"]
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+        train.main()
+    assert [Path(cfg.out).name for cfg in stages] == ["encode", "pretrain", "tune", "blind"] * 2 + ["cli"]
+    for encode, pretrain, tune, blind in (stages[:4], stages[4:8]):
+        assert [cfg.init_from for cfg in (encode, pretrain, tune, blind)] == ["", encode.out, pretrain.out, ""]
+        assert scored.pop(0)[:2] == (tune.out, blind.out) and blind.blind and not tune.blind
+    assert not scored and stages[8].init_from.startswith("lmms-lab/")
 
 
 def test_train_mistakes_are_one_line(few, mixed, tmp_path, monkeypatch, capsys):
@@ -3044,22 +3052,19 @@ def test_evaluate(few, tmp_path, monkeypatch, capsys):
     assert page.startswith("before\n<!-- nano accuracy -->\n| question | val_seen |")
     assert page.endswith("|\n<!-- end -->\nafter\n") and "old" not in page
     assert "| all | 100 / 0 / " in page and page.split("\n")[2] in capsys.readouterr().out
-    readme.write_text("no marks")
-    with pytest.raises(cli.InputError, match="has no lines"):
-        train.evaluate(out, None, few, readme)
 
 
 def test_evaluate_generates(few, tmp_path):
     """The answers it writes are what generate() says to each prompt and picture alone, and so are the gates' means."""
     train.train(settings(few, tmp_path, steps=1))
-    train.evaluate(tmp_path, None, few, device="cpu")
+    train.evaluate(tmp_path, None, few, device="cpu", limit=9)
     opened = {}
     model = cli.CLI.from_pretrained(tmp_path, quiet=True)
     lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     lines = [line for line in lines if line["split"] == "val_pair"]
     for split in ("val_seen", "val_concept", "val_pair", "val_scene"):
         rows = train.Rows(few, split, model.config)
-        for i, (tokens, marks, pictures) in enumerate(rows[j] for j in range(len(rows))):
+        for i, (tokens, marks, pictures) in enumerate(rows[j] for j in range(9)):
             prompt = tokens[: int((marks == 1).nonzero()[0])].tolist()
             pictures = [scenes.open_picture(p) for p in pictures]
             ids = [step[0] for step in model.generate([prompt], [pictures], max_new_tokens=32, repetition_penalty=1.0)]
@@ -3069,7 +3074,7 @@ def test_evaluate_generates(few, tmp_path):
             kind = rows.kinds[i].removesuffix("-zh")
             opened.setdefault(kind, []).append(torch.stack([model.gates[l][0] for l in sorted(model.gates)]))
     means = cli.read_json(tmp_path / "eval.json")["gates"]
-    assert means.keys() == opened.keys() and len(lines) == 12
+    assert means.keys() == opened.keys() and len(lines) == 9
     for kind, found in opened.items():
         assert closeness(torch.tensor(list(means[kind].values())), torch.stack(found).mean(0)) < 1e-4
 
@@ -3086,9 +3091,7 @@ class AsRows:
         self.lengths = [len(t) - 1 + cli.visual_tokens(picture, config) for t, _ in items]
 
     def batch(self, rows):
-        return {"tokens": torch.cat([self.items[i][0] for i in rows]), "pictures": [self.shown] * len(rows),
-                "seqlens": [len(self.items[i][0]) for i in rows],
-                "labels": torch.cat([self.items[i][1] for i in rows])}  # fmt: skip
+        return {**train.flat_stream([(*self.items[i], []) for i in rows]), "pictures": [self.shown] * len(rows)}
 
 
 @pytest.mark.parametrize("context", ["prompt", "all"])
@@ -3108,7 +3111,7 @@ def test_fusion_score_is_greedy_decoding(emoji, context):
             said = torch.tensor(answer)
             if wrong is not None:
                 said[wrong] = (said[wrong] + 1) % 200
-            items.append((torch.cat([prompt, said]), torch.cat([torch.full_like(prompt, IGNORE), said])))
+            items.append((torch.cat([prompt, said]), F.pad(torch.ones_like(said), (len(prompt), 0))))
             expected.append(wrong is None)
             gates.append({l: W[0] for l, W in model.gates.items()})
     found = study.score(model, AsRows(items, picture, model.config), range(len(items)))
