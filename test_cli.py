@@ -2225,8 +2225,9 @@ def test_interrupted_run_leaves_nothing_and_resumes(emoji, few, tmp_path, monkey
     manifests = [json.loads(found.pop("manifest.json")) for found in (one, two)]
     assert one == two and manifests[0] | {"name": ""} == manifests[1] | {"name": ""}
     # Other arguments: refused, unless told to replace.
-    with pytest.raises(cli.InputError, match="other arguments"):
-        write_shards(monkeypatch, *arguments, "--seed", 1)
+    for other in ("--seed", "--per-kind"):
+        with pytest.raises(cli.InputError, match="other arguments"):
+            write_shards(monkeypatch, *arguments, other, 12)
     assert contents(tmp_path).keys() == contents(few).keys()
     none = ("--encode", 0, "--pretrain", 0, "--val", 0)
     write_shards(monkeypatch, *arguments, *none, "--train", 20, "--seed", 1, "--overwrite")
