@@ -164,9 +164,10 @@ def gates_table(answers, regime):
         for l in runs[0]["gates"] if runs else ():
             cells = [" ".join(f"{x:.3f}" for x in np.mean([r["gates"][l][what] for r in runs], 0))
                      for what in ("mean", "sd", "saturated")]  # fmt: skip
-            rows.append([VARIANTS[variant][0], l, *cells, f"{np.mean([r['size'][int(l)] for r in runs]):.1f}"])
+            seeds = " / ".join(f"{np.mean(r['gates'][l]['mean']):.2f}" for r in runs)
+            rows.append([VARIANTS[variant][0], l, *cells, seeds, f"{np.mean([r['size'][int(l)] for r in runs]):.1f}"])
     return markdown(["variant", "decoder layer", "mean W, level by level", "its spread over questions",
-                     "share below 0.01 or above 0.99", "mean norm of h"], rows)  # fmt: skip
+                     "share below 0.01 or above 0.99", "mean W of each seed", "mean norm of h"], rows)  # fmt: skip
 
 
 def interventions_of(answers, variant):
@@ -233,17 +234,19 @@ def figures(args, answers):
     save("main", fig)
 
     for variant in (v for v in INTERVENED if v in names):
-        runs = list(answers.runs["tuned", variant].values())
-        layers, levels = list(runs[0]["gates"]), cli.parse_layers(REACH["vision_levels"])
-        maps = {kind: np.mean([[r["gates"][l]["kinds"][kind] for l in layers] for r in runs], 0)
-                for kind in runs[0]["gates"][layers[0]]["kinds"]}  # fmt: skip
-        fig, axes = plt.subplots(2, 4, figsize=(9, 4), sharex=True, sharey=True)
-        for ax, (kind, W) in zip(axes.flat, maps.items()):
-            image = ax.imshow(W, vmin=0, vmax=np.max(list(maps.values())), aspect="auto")
+        runs = answers.runs["tuned", variant]  # {seed: run}
+        layers, levels = list(next(iter(runs.values()))["gates"]), cli.parse_layers(REACH["vision_levels"])
+        places = [(seed, l) for seed in runs for l in layers]  # a row each: a mean over seeds would hide what they do
+        fig, axes = plt.subplots(2, 4, figsize=(9, 1.5 + 0.35 * len(places)), sharex=True, sharey=True)
+        for ax, kind in zip(axes.flat, runs[places[0][0]]["gates"][layers[0]]["kinds"]):
+            W = [runs[seed]["gates"][l]["kinds"][kind] for seed, l in places]
+            image = ax.imshow(W, vmin=0, vmax=1, aspect="auto")
+            ax.hlines(np.arange(1, len(runs)) * len(layers) - 0.5, -0.5, len(levels) - 0.5, color="white", linewidth=2)
             ax.set_title(kind, fontsize=9)
-            ax.set(xticks=range(len(levels)), xticklabels=levels, yticks=range(len(layers)), yticklabels=layers)
+            ax.set(xticks=range(len(levels)), xticklabels=levels, yticks=range(len(places)),
+                   yticklabels=[f"{seed}: {l}" for seed, l in places])  # fmt: skip
         fig.supxlabel("vision level")
-        fig.supylabel("decoder layer")
+        fig.supylabel("seed: decoder layer")
         fig.colorbar(image, ax=axes, label="mean W")
         save(f"gates_{variant}", fig)
         fig, ax = plt.subplots(figsize=(7, 3))
@@ -298,11 +301,11 @@ def report(args):
                   "Accuracy in % by kind of question:", ""]  # fmt: skip
         for table in filter(None, (kinds_table(answers, regime, split) for split in answers.questions)):
             lines += shown(table)
-        lines += ["What the gates let in (means over the seeds: of a gate that is open in one seed and shut in another "
-                  "they say nothing):", "", *shown(gates_table(answers, regime))]
+        lines += ["What the gates let in (means over seeds and, as a gate may be open in one seed and shut in another, "
+                  "each seed's mean over levels):", "", *shown(gates_table(answers, regime))]
     lines += ["### Other weights at inference", "", *shown(interventions_table(answers))]
     for v in INTERVENED:
-        lines += pictures(args.page, **{f"gates_{v}": f"{VARIANTS[v][0]}: mean W per kind of question",
+        lines += pictures(args.page, **{f"gates_{v}": f"{VARIANTS[v][0]}: mean W per kind of question, seed by seed",
                                         f"interventions_{v}": f"{VARIANTS[v][0]}: other weights at inference"})
     lines += ["### Where the paper is silent", "", *shown(sweeps_table(answers))]
     put_between_marks(args.page, {"fusion": lines})
