@@ -48,7 +48,7 @@ sys.path.insert(0, str(HERE))
 import cli  # noqa: E402
 from cli import CLI, IMAGE_TOKEN, InputError, KVCache, Picture, Stream  # noqa: E402
 from experiments.random_checkpoint import SIZES, write_checkpoint  # noqa: E402
-from train import commit, put_between_marks  # noqa: E402
+from train import commit, markdown, put_between_marks  # noqa: E402
 
 TEXT = list(range(10, 40))  # the prompt's ids, half before the picture and half behind it
 LONG = 7000  # cached tokens of the long decode; the batches' longest sequence is BATCHED
@@ -340,20 +340,20 @@ def table(m, head, device):
     def show(value):
         return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
 
-    lines = ["| figure | unit | `cli.py` | transformers | times as good | % of the limit | with `--fusion cli` |",
-             "|---|---|---|---|---|---|---|"]
+    rows = []
     for figure, (what, unit, _) in FIGURES.items():
         if figure not in m["none"]:
             continue
         ours, theirs, both = (m[side][figure] for side in ("none", "transformers", "cli"))
         better = ours / theirs if unit == "tokens/s" else theirs / ours
         share = f"{m['share'][figure]:.0f}" if figure in m["share"] else ""
-        lines.append(f"| {what} | {unit} | {show(ours)} | {show(theirs)} | {better:.2f} | {share} | {show(both)} |")
-    lines += ["", "| our target | reached | wanted | |", "|---|---|---|---|"]
-    for what, value, bound in targets(m, device):
-        met = value <= -bound if bound < 0 else value >= bound
-        lines.append(f"| {what} | {show(value)} | {'at most' if bound < 0 else 'at least'} {abs(bound):g} | "
-                     f"{'met' if met else 'not met'} |")
+        rows.append([what, unit, show(ours), show(theirs), f"{better:.2f}", share, show(both)])
+    lines = markdown(["figure", "unit", "`cli.py`", "transformers", "times as good", "% of the limit",
+                      "with `--fusion cli`"], rows)  # fmt: skip
+    rows = [[what, show(value), f"{'at most' if bound < 0 else 'at least'} {abs(bound):g}",
+             "met" if (value <= -bound if bound < 0 else value >= bound) else "not met"]
+            for what, value, bound in targets(m, device)]  # fmt: skip
+    lines += ["", *markdown(["our target", "reached", "wanted", ""], rows)]
     for name in ("sdpa", "varlen_attn", "flash_attn"):
         if f"attend {name}" in m["none"]:
             lines += ["", f"1152 x 1152 through {name}: {show(m['none'][f'attend {name}'])} s, logits at most "
