@@ -224,8 +224,10 @@ def figures(args, answers):
         ax.invert_yaxis()
 
     fig, (left, right) = plt.subplots(1, 2, figsize=(12, 4))
-    bars(left, {VARIANTS[v][0]: answers.accuracy(("tuned", v)) for v in names}, "accuracy %, 95 % interval")
+    bars(left, {VARIANTS[v][0]: answers.accuracy(("tuned", v)) for v in names}, "accuracy %, 95 % interval; |: a seed")
     for i, variant in enumerate(names):
+        seeds = 100 * answers.right(("tuned", variant)).mean(1)
+        left.plot(seeds, [i] * len(seeds), "|", color="C3", markersize=12)
         points = [[(p["step"], p["dev_loss"]) for p in r["curve"] if "dev_loss" in p]
                   for r in answers.runs["tuned", variant].values()]  # fmt: skip
         right.plot(*np.mean(points, 0).T, label=VARIANTS[variant][0], linestyle="-" if i < 6 else "--")
@@ -257,7 +259,7 @@ def figures(args, answers):
 
 
 def sentences(answers):
-    """Three sentences for the README, from the numbers."""
+    """A few sentences for the README, from the numbers."""
     done, whole = sum(len(answers.runs.get(("tuned", v), ())) for v in VARIANTS), len(SEEDS) * len(VARIANTS)
     interim = f"**Interim: {done} of {whole} runs.** " if done < whole else ""
 
@@ -265,10 +267,12 @@ def sentences(answers):
         found = answers.difference(("tuned", a), ("tuned", b))
         return percent(found, True) + " points" if found else "not run yet"
 
+    seeds = "; ".join(f"{VARIANTS[v][0]} " + ", ".join(f"{100 * x:.1f}" for x in answers.right(("tuned", v)).mean(1))
+                      for v in ("sli", "amp", "cli", "cli_norm") if ("tuned", v) in answers.runs)  # fmt: skip
     return (f"{interim}CLI minus the one-to-one model: {said('cli', 'none')}; minus one that trained for CLI's time: "
             f"{said('cli', 'none_long')}. The gate (CLI minus W = 1): {said('cli', 'amp')}; the levels (CLI minus CLI "
             f"whose levels are all the final one): {said('cli', 'cli_final')}. Against SLI: {said('cli', 'sli')}, and "
-            f"DeepStack minus one-to-one: {said('deepstack', 'none')}.")
+            f"DeepStack minus one-to-one: {said('deepstack', 'none')}. Accuracy of every seed: {seeds}.")
 
 
 def report(args):
