@@ -194,10 +194,14 @@ def sweeps_table(answers):
                 if "dev_loss_gate_sees_answer" in runs[0]:
                     leaky = np.mean([r["dev_loss_gate_sees_answer"] for r in runs])
                     dev += f" ({leaky:.3f} if the gate sees the answer)"
+                W = {l: [np.mean([r["gates"][l][what] for r in runs]) for what in ("mean", "sd")]
+                     for l in runs[0]["gates"]}  # fmt: skip
                 rows.append([topic, usual, label, percent(answers.accuracy(key)),
                              percent(answers.difference(key, ("tuned", "cli")), True),
-                             f"{np.mean([r['curve'][-1]['loss'] for r in runs]):.3f}", dev, len(runs)])  # fmt: skip
-    return markdown("choice|in the main table|here|accuracy %|minus CLI|training loss|dev loss|seeds".split("|"), rows)
+                             f"{np.mean([r['curve'][-1]['loss'] for r in runs]):.3f}", dev,
+                             ", ".join(f"{l}: {mean:.2f} ({sd:.2f})" for l, (mean, sd) in W.items()), len(runs)])
+    return markdown(["choice", "in the main table", "here", "accuracy %", "minus CLI", "training loss", "dev loss",
+                     "mean W of decoder layers (spread over questions)", "seeds"], rows)  # fmt: skip
 
 
 def figures(args, answers):
