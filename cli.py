@@ -68,6 +68,11 @@ class InputError(ValueError):
     """A user's mistake, told in one line: what, got against expected, which file or key, what to do."""
 
 
+def first_line(e):
+    """What another's exception says, in one line; its kind, if it says nothing."""
+    return (str(e).strip() or type(e).__name__).splitlines()[0]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration
 
@@ -1153,7 +1158,7 @@ def fetch(source):
                 break
         return path
     except Exception as e:  # the client's own errors have no common base that is not Exception
-        raise InputError(f"{source}: no such folder, and the hub could not give it: {str(e).splitlines()[0]}") from e
+        raise InputError(f"{source}: no such folder, and the hub could not give it: {first_line(e)}") from e
 
 
 def read_json(path, default=None):
@@ -1191,7 +1196,7 @@ def read_weights(folder):
             tensors |= (load_file(path) if path.suffix == ".safetensors"
                         else torch.load(path, map_location="cpu", weights_only=True, mmap=True))
         except Exception as e:  # safetensors, pickle and zip each have errors of their own
-            raise InputError(f"{path}: missing, damaged or not a weights file: {str(e).splitlines()[0]}") from e
+            raise InputError(f"{path}: missing, damaged or not a weights file: {first_line(e)}") from e
     if other := [name for name, tensor in tensors.items() if not isinstance(tensor, torch.Tensor)]:
         raise InputError(f"{paths[0]}: {other[0]!r} is not a tensor")
     return tensors
@@ -1237,7 +1242,7 @@ def load_image(source):
         return image.convert("RGB")
     except Exception as e:  # a damaged file can raise nearly anything out of a decoder
         name = "picture" if isinstance(source, (bytes, Image.Image)) else source
-        raise InputError(f"{name}: not a picture that can be read: {str(e) or type(e).__name__}") from e
+        raise InputError(f"{name}: not a picture that can be read: {first_line(e)}") from e
 
 
 def choose_grid(size, pinpoints):
@@ -1400,7 +1405,7 @@ def pick_device(name="auto"):
         try:
             return torch.empty(0, device=name).device, "as asked"
         except (RuntimeError, AssertionError) as e:
-            raise InputError(f"device {name!r} cannot be used: {str(e).splitlines()[0]}") from e
+            raise InputError(f"device {name!r} cannot be used: {first_line(e)}") from e
     if torch.cuda.is_available():
         return torch.device("cuda"), torch.cuda.get_device_name()
     if torch.backends.mps.is_available():

@@ -170,8 +170,7 @@ def reach(what: str, call, *args, **kwargs):
     try:
         return call(*args, **kwargs)
     except Exception as e:
-        reason = (str(e).strip().splitlines() or [""])[0]
-        raise InputError(f"{what} cannot be read ({type(e).__name__}: {reason})") from e
+        raise InputError(f"{what} cannot be read ({type(e).__name__}: {cli.first_line(e)})") from e
 
 
 def onevision_items(args):
@@ -393,7 +392,7 @@ def read_tokenizer(source) -> str:
         return cli.Tokenizer(path.read_bytes().decode()).json
     except Exception as e:  # the libraries have errors of their own, down to bare Exception
         hint = "" if source else " (say which one with --tokenizer)"
-        reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
+        reason = getattr(e, "strerror", None) or cli.first_line(e)
         raise InputError(f"{path}: not a tokenizer.json{hint}: {reason}") from e
 
 

@@ -2362,7 +2362,7 @@ def test_prepare_mistakes_are_one_line(emoji, tmp_path, small_tokenizer, monkeyp
     def hub(repository, name):
         if (repository, name) == ("owner/model", "tokenizer.json"):
             return small_tokenizer
-        raise OSError("no such repository\nsecond line")
+        raise OSError("no such repository\nsecond line" if repository == "owner/none" else "")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", hub)
     for arguments, message in (
@@ -2371,6 +2371,7 @@ def test_prepare_mistakes_are_one_line(emoji, tmp_path, small_tokenizer, monkeyp
         (["llava", "empty.json", "--tokenizer", "nowhere"], "nowhere: not a tokenizer.json: No such file"),
         (["llava", "empty.json", "--tokenizer", "chat.json"], "chat.json: not a tokenizer.json"),
         (["llava", "empty.json", "--tokenizer", "owner/none"], "owner/none: not a tokenizer.json: no such repository"),
+        (["llava", "empty.json", "--tokenizer", "owner/mute"], "owner/mute: not a tokenizer.json: OSError"),
         (["llava", "empty.json", "--tokenizer", small_tokenizer], "no rows in empty"),
         (["llava", "empty.json", "--tokenizer", "owner/model"], "no rows in empty"),
         (["llava", "empty.json", "--tokenizer", small_tokenizer, "--val", 5], "there are only 0 rows"),

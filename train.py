@@ -511,7 +511,7 @@ def earlier_run(out, settings):
             state = torch.load(out / "state.pt", map_location="cpu", weights_only=True)
         before = (facts or state or {"config": {}})["config"]
     except Exception as e:  # pickle and zip each have errors of their own
-        raise InputError(f"{out}: its checkpoint is damaged, delete it: {str(e).splitlines()[0]}") from e
+        raise InputError(f"{out}: its checkpoint is damaged, delete it: {cli.first_line(e)}") from e
     if wrong := [f"{k}={v!r}" for k, v in before.items() if k not in FREE and v != settings.get(k)]:
         raise InputError(f"{out} holds a run with other settings, {', '.join(wrong)}: give another --out, or delete it")
     return facts, state

@@ -255,7 +255,7 @@ def main():
             except Exception as e:  # of a task's code or its download, which are LMMs-Eval's; the other tasks go on
                 while hasattr(e, "last_attempt"):  # it tries some things several times
                     e = e.last_attempt.exception()
-                failed.append(f"{task}: {str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__}")
+                failed.append(f"{task}: {cli.first_line(e)}")
     table = make_table(lines, beside) + "\n" + PAPER
     cli.write_text(args.out / "table.md", table)
     print(table)

@@ -7,8 +7,9 @@
     python experiments/fusion.py plan                    the estimate alone (trains the encoder if there is none)
     python experiments/fusion_report.py                  tables and figures, from the files of the finished runs
 
-A run writes one JSON file into experiments/results/fusion once it is done; the same command goes on with those that are
-missing. The question, the protocol and what came out: experiments/fusion.md.
+A run writes one JSON file into experiments/results/fusion once it is done (runs with an encoder of your own need
+another folder: --results); the same command goes on with those that are missing. The question, the protocol and
+what came out: experiments/fusion.md.
 """
 
 import argparse
@@ -244,8 +245,7 @@ def score(model, rows, chosen, autocast=None):
         for numbers in train.micro_batches(rows, chosen, 4096):
             batch = rows.batch(numbers)
             tokens, labels = batch["tokens"].to(model.device), batch["labels"].to(model.device)
-            seqlens, pictures = batch["seqlens"], batch["pictures"]
-            context = torch.cat([(y != IGNORE).cumsum(0) == 0 for y in labels.split(seqlens)])
+            seqlens, pictures, context = batch["seqlens"], batch["pictures"], batch["context"].to(model.device)
             stream = cli.Stream(tokens, pictures, seqlens, context, model.config)
             visual = stream.visual
             with autocast:
