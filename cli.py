@@ -650,18 +650,19 @@ class Decoder(nn.Module):
     def forward(self, h, seqlens, cache=None, inject=None, inject_at="input"):
         """h (T, D): embeddings of the stream -> (T, D) after the final norm.
 
-        inject: {l: function h -> h}, what is let in at the input (or output) of decoder layer l.
+        inject: {l: function h -> h}, what is let in at the input (or output) of decoder layer l; emptied on the way, so
+        that the levels behind it are freed with the last one.
         """
         past = cache.lengths if cache else [0] * len(seqlens)
         positions = torch.cat([torch.arange(p, p + n, device=h.device) for p, n in zip(past, seqlens)])
         rope = rotary(positions, self.cfg.head_dim, self.cfg.rope_theta)
         for l, layer in enumerate(self.layers):
             if inject and l in inject and inject_at == "input":
-                h = inject[l](h)
+                h = inject.pop(l)(h)
             h = maybe_checkpoint(self.checkpointing, layer, h, rope, seqlens,
                                  functools.partial(cache.attend, l) if cache else attend)
             if inject and l in inject and inject_at == "output":
-                h = inject[l](h)
+                h = inject.pop(l)(h)
         if cache:
             cache.lengths = [p + n for p, n in zip(past, seqlens)]
         return self.norm(h)
@@ -754,6 +755,7 @@ class CLI(nn.Module):
             h = torch.where(stream.visual[:, None], base.to(h.dtype), h)
             inject = {l: functools.partial(self.inject, l, ks, v_hat, stream, gates)
                       for l, ks in self.config.fusion.routes}
+            del base, v_hat  # inject alone holds the levels: the last injection frees them
         h = self.decoder(h, stream.seqlens, cache, inject, self.config.fusion.inject_at)
         if labels is not None:
             return *self.cross_entropy(h, stream, labels), gates
@@ -914,7 +916,7 @@ class CLI(nn.Module):
         dtype = DTYPES.get(dtype, dtype) or stored["decoder.embed_tokens.weight"][0].dtype
         state = {}
         for name, p in model.named_parameters():
-            parts = [t.to(device, dtype) for t in stored.get(name, [torch.empty(p.shape)])]
+            parts = [t.to(device, dtype) for t in stored.get(name, [torch.empty(p.shape, dtype=dtype)])]
             state[name] = (parts[0] if len(parts) == 1 else torch.cat(parts)).view(p.shape)
         model.load_state_dict(state, assign=True)  # no copy
         model.init_weights(fresh)

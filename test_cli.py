@@ -17,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -972,6 +973,25 @@ def test_batch_equals_each_alone():
         alone = [decode(model, [tokens], max_new_tokens=20)[0] for tokens in prompts]
         assert decode(model, prompts, max_new_tokens=20) == alone
     assert len(decode(model, prompts[1:2], max_new_tokens=20)[0]) > 5
+
+
+@pytest.mark.parametrize("inject_at", ["input", "output"])
+def test_levels_are_freed_with_the_last_injection(inject_at, monkeypatch):
+    """Neither the projected levels nor the low-rank parts are still in memory when the final norm is reached."""
+    model, levels, alive = tiny(preset("cli", inject_at=inject_at)), [], []
+    see = model.see
+
+    def watched(*args):
+        base, v_hat = see(*args)
+        projected, low = v_hat.args
+        levels.extend(map(weakref.ref, [*projected.values(), *low.values()]))
+        return base, v_hat
+
+    monkeypatch.setattr(model, "see", watched)
+    for layer in (model.decoder.layers[0], model.decoder.norm):
+        layer.register_forward_pre_hook(lambda *_: alive.append(sum(level() is not None for level in levels)))
+    model.logits(*REQUESTS[0])
+    assert alive == [len(levels), 0] and len(levels) > 4
 
 
 @pytest.mark.parametrize("causal", [True, False])
