@@ -14,10 +14,11 @@ and at the prompt (AGF). Everything else is LLaVA-OneVision.
     eq. 8    W = sigmoid(Gate([v_att; h_att]))                     AGF.forward
     eq. 9    h' = h (1 - mask) + (h mask + W V_hat_k)              CLI.inject
 
-Legend: T tokens of the stream, N visual tokens, B sequences, M tokens of the longest, P patches of a crop, n crops, S
-crop side in pixels, D and Dv widths of decoder and vision encoder, C any width, V words, r rank of an adapter, H heads,
-K key/value heads, hd head size, l decoder layer (from 0), k vision level (0 = patch embeddings, i = after block i).
-Sequences lie end to end in one flat stream (T, D) without padding.
+Legend: T tokens of the stream (in eq. 3 the text), T_prompt before its pictures are put in, N visual tokens, B
+sequences, M tokens of the longest, P patches of a crop, n crops, S crop side in pixels, D and Dv widths of decoder and
+vision encoder, C any width, V words, V_k hidden states of vision level k (0 = patch embeddings, i = after block i), l
+decoder layer (from 0), W weight of a gate, but (W, H) a picture's pixels, r rank of an adapter, H heads, K key/value
+heads, hd head size. Sequences lie end to end in one flat stream (T, D) without padding.
 
     model = CLI.from_pretrained("assets/nano")                     # a folder or a hub id
     prompt, _ = encode_chat(model.tokenizer, model.config.template, [("user", user_content("What is this?", 1))])
@@ -58,6 +59,7 @@ except ImportError:
 
 IMAGE_TOKEN = -200  # stands in a prompt where a picture goes; LLaVA's number
 IGNORE = -100  # label of a position that is not supervised
+NEARLY_SHUT = -4.0  # a fresh gate's bias on a trained one-to-one base, which is to start as it was: W = 0.018
 MAX_PIXELS = 128_000_000  # a larger picture is refused before it is decoded (decompression bombs)
 CPU_BFLOAT16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # instructions for it
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -118,7 +120,11 @@ class DecoderConfig:
 
 @dataclass(frozen=True)
 class FusionConfig:
-    """What is let in where: routes (decoder layer <- vision levels), a projector and a gate. No routes: one-to-one."""
+    """What is let in where: routes (decoder layer <- vision levels), a projector and a gate. No routes: one-to-one.
+
+    "Paper silent": our reading. "Table 4 fits x": x gives the parameter counts of the paper's Table 4. "Differs": not
+    what the paper says (README, "Choices").
+    """
 
     routes: tuple = ()  # ((l, (k, k, ...)), ...)
     projector: str = "shared"  # "shared" MLP | "lora": MLP + B A (AMP, eq. 5) | "full": an MLP of each level's own
@@ -131,7 +137,7 @@ class FusionConfig:
     agf_order: str = "sequential"  # each gate sees h as the levels before it left it, or "parallel"; paper silent
     agf_context: str = "prompt"  # what eq. 7 reads: "prompt" | "visual" | "all" (literal: in training it sees answers)
     inject_at: str = "input"  # or "output" of decoder layer l; paper silent
-    gate_bias_init: float = 0.0  # paper silent: 0 from scratch, -4 (nearly shut) on a trained one-to-one base
+    gate_bias_init: float = 0.0  # paper silent: 0 from scratch, NEARLY_SHUT on a trained one-to-one base
     agf_norm: bool = False  # Differs: RMSNorm on both inputs of eq. 6-7, against saturated gates
     level_norm: bool = False  # Differs: every level brought to the RMS of the final one, crop by crop
 
@@ -159,7 +165,7 @@ class Config:
     vision: VisionConfig | None = field(default_factory=VisionConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     fusion: FusionConfig = field(default_factory=FusionConfig)
-    image_aspect_ratio: str = "anyres_max_9"  # "anyres" (no upper bound of tiles) | "pad" (one square crop)
+    image_aspect_ratio: str = "anyres_max_9"  # tokens of about 9 crops at most | "anyres": of any number | "pad": one
     grid_pinpoints: tuple = ()  # canvases (w, h) that anyres may choose from; empty = all from 1x1 to 6x6 crops
     newline: bool = True  # LLaVA-OneVision ends every row of tiles with a learned vector; LLaVA-1.5 has none
     template: str = "qwen_1_5"  # or "vicuna_v1": TEMPLATES
@@ -176,15 +182,16 @@ class Config:
             canvases = self.grid_pinpoints or tuple((w * S, h * S) for w in range(1, 7) for h in range(1, 7))
             object.__setattr__(self, "grid_pinpoints", canvases)
             if any(len(canvas) != 2 or min(canvas) < S or canvas[0] % S or canvas[1] % S for canvas in canvases):
-                raise InputError(f"grid_pinpoints {canvases}: expected pairs of multiples of the crop's side, {S}")
+                raise InputError(f"grid_pinpoints {canvases}: expected pairs of multiples of a crop's {S} pixels")
         depth, levels = self.decoder.num_hidden_layers, self.vision.num_hidden_layers if self.vision else -1
         for l, ks in self.fusion.routes:
             if not ks or not 0 <= l < depth or not all(0 <= k <= levels for k in ks):
                 raise InputError(f"route {l} <- {list(ks)}: decoder layers are 0..{depth - 1}, levels 0..{levels}")
         if len(dict(self.fusion.routes)) < len(self.fusion.routes):
             raise InputError(f"routes {list(self.fusion.routes)}: a decoder layer stands in two of them")
-        v, d, heads = self.vision, self.decoder, self.fusion.agf_heads
-        for name, part, whole in (("agf_heads", heads or 1, d.hidden_size),
+        v, d = self.vision, self.decoder
+        heads = 1 if self.fusion.gate == "none" else self.fusion.agf_heads or d.num_attention_heads
+        for name, part, whole in (("agf_heads", heads, d.hidden_size),
                                   ("num_key_value_heads", d.num_key_value_heads, d.num_attention_heads),
                                   ("vision heads", v.num_attention_heads if v else 1, v.hidden_size if v else 1)):
             if part < 1 or whole % part:
@@ -373,10 +380,11 @@ class VisionBlock(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        D, M, self.cfg = cfg.hidden_size, cfg.intermediate_size, cfg
-        self.layer_norm1, self.layer_norm2 = (nn.LayerNorm(D, eps=cfg.layer_norm_eps) for _ in range(2))
-        self.self_attn = linears(q_proj=(D, D, True), k_proj=(D, D, True), v_proj=(D, D, True), out_proj=(D, D, True))
-        self.mlp = linears(fc1=(D, M, True), fc2=(M, D, True))
+        Dv, wide, self.cfg = cfg.hidden_size, cfg.intermediate_size, cfg
+        self.layer_norm1, self.layer_norm2 = (nn.LayerNorm(Dv, eps=cfg.layer_norm_eps) for _ in range(2))
+        square = (Dv, Dv, True)
+        self.self_attn = linears(q_proj=square, k_proj=square, v_proj=square, out_proj=square)
+        self.mlp = linears(fc1=(Dv, wide, True), fc2=(wide, Dv, True))
 
     def forward(self, x):
         f, heads = self.self_attn, self.cfg.num_attention_heads
@@ -492,10 +500,10 @@ def pack_picture(x, newline, picture, config):
 class Stream:
     """The expanded stream of one forward pass: every placeholder replaced by its picture's visual tokens.
 
-    From tokens int64[T_prompt], their sequences' seqlens and context bool[T_prompt] or None: ids int64[T], visual and
-    context bool[T], where int64[N], the visual positions, and lens and ends int64[B] of the sequences (seqlens: lens as
-    a list). Every vision level is packed and spliced alike: V_hat_k comes out as (T, D) and is zero at text positions,
-    which makes eq. 9's mask a plain sum.
+    From tokens int64[T_prompt], their sequences' seqlens and context bool[T_prompt] or None: repeats int64[T_prompt],
+    how many positions each takes, ids int64[T], visual and context bool[T], where int64[N], the visual positions, and
+    lens and ends int64[B] of the sequences (seqlens: lens as a list). Every vision level is packed and spliced alike:
+    V_hat_k comes out as (T, D) and is zero at text positions, which makes eq. 9's mask a plain sum.
     """
 
     def __init__(self, tokens, pictures, seqlens, context, config):
@@ -576,22 +584,22 @@ class AMP(nn.ModuleDict):
 # AGF, Adaptive Gating Fusion (eq. 6-8)
 
 
-def read(attention, query, x, mask):
+def read(mha, query, x, mask):
     """MultiHeadAttention(query, x, x) for one learned query (eq. 6-7): x (B, M, D), mask bool[B, M] -> (B, D).
 
     The numbers are nn.MultiheadAttention's, the work about a hundredth: with a single query the key projection folds
     into it, q (W x) = (q W) x, and the value projection can follow the pooling. The key bias adds the same to every
     score, which softmax does not see. Where the mask is empty the result is finite and meaningless.
     """
-    H, D = attention.num_heads, x.shape[-1]
-    wq, wk, wv = attention.in_proj_weight.chunk(3)
-    bq, _, bv = attention.in_proj_bias.chunk(3)
+    H, D = mha.num_heads, x.shape[-1]
+    wq, wk, wv = mha.in_proj_weight.chunk(3)
+    bq, _, bv = mha.in_proj_bias.chunk(3)
     q = (wq @ query + bq).view(H, 1, -1) / math.sqrt(D // H)
     folded = (q @ wk.view(H, -1, D).to(q.dtype))[:, 0]  # (H, D)
     scores = (x @ folded.T.to(x.dtype)).float().masked_fill(~mask[..., None], torch.finfo(torch.float32).min)
     pooled = scores.softmax(dim=1).to(x.dtype).transpose(1, 2) @ x  # (B, H, D)
     values = torch.einsum("bhD,hdD->bhd", pooled, wv.view(H, -1, D).to(pooled.dtype)) + bv.view(H, -1)
-    return attention.out_proj(values.flatten(1))
+    return mha.out_proj(values.flatten(1))
 
 
 class AGF(nn.Module):
@@ -601,8 +609,8 @@ class AGF(nn.Module):
         super().__init__()
         self.cfg, heads = cfg, cfg.agf_heads or heads
         self.query_v, self.query_h = (nn.Parameter(torch.zeros(D)) for _ in range(2))
-        self.attn = nn.MultiheadAttention(D, heads, batch_first=True)
-        self.attn_h = nn.MultiheadAttention(D, heads, batch_first=True) if cfg.agf_attention == "split" else None
+        self.attn = nn.MultiheadAttention(D, heads)  # holds the weights; read() computes
+        self.attn_h = nn.MultiheadAttention(D, heads) if cfg.agf_attention == "split" else None
         self.gate = nn.Linear(2 * D, D if cfg.gate == "vector" else 1)
 
     def forward(self, v_hat, h, stream):
@@ -624,13 +632,14 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        D, M, bias, self.hd = cfg.hidden_size, cfg.intermediate_size, cfg.qkv_bias, cfg.head_dim
+        D, wide, bias, self.hd = cfg.hidden_size, cfg.intermediate_size, cfg.qkv_bias, cfg.head_dim
         q, kv = cfg.num_attention_heads * self.hd, cfg.num_key_value_heads * self.hd
         self.input_layernorm, self.post_attention_layernorm = (nn.RMSNorm(D, cfg.rms_norm_eps) for _ in range(2))
         self.self_attn = linears(q_proj=(D, q, bias), k_proj=(D, kv, bias), v_proj=(D, kv, bias), o_proj=(q, D, False))
-        self.mlp = linears(gate_proj=(D, M, False), up_proj=(D, M, False), down_proj=(M, D, False))
+        self.mlp = linears(gate_proj=(D, wide, False), up_proj=(D, wide, False), down_proj=(wide, D, False))
 
     def forward(self, h, rope, seqlens, attend):
+        """rope: cos and sin of rotary(); attend: attend() or this layer's KVCache.attend."""
         f, x = self.self_attn, self.input_layernorm(h)
         q, k, v = (p(x).unflatten(-1, (-1, self.hd)) for p in (f.q_proj, f.k_proj, f.v_proj))  # (T, H|K, hd)
         h = h + f.o_proj(attend(rotate(q, *rope), rotate(k, *rope), v, seqlens).flatten(1))
@@ -650,8 +659,8 @@ class Decoder(nn.Module):
     def forward(self, h, seqlens, cache=None, inject=None, inject_at="input"):
         """h (T, D): embeddings of the stream -> (T, D) after the final norm.
 
-        inject: {l: function h -> h}, what is let in at the input (or output) of decoder layer l; emptied on the way, so
-        that the levels behind it are freed with the last one.
+        inject: {l: function h -> h}, what is let in at the input (or output) of decoder layer l; each is dropped once
+        called, and with the last one the vision levels that they hold.
         """
         past = cache.lengths if cache else [0] * len(seqlens)
         positions = torch.cat([torch.arange(p, p + n, device=h.device) for p, n in zip(past, seqlens)])
@@ -712,9 +721,10 @@ class CLI(nn.Module):
             taps = {k: x * (rms[final] / rms[k]).to(x.dtype) for k, x in taps.items()}
         base = stream.pack(self.projector(taps[final]), newline)
         full = fusion.projector == "full"
-        projected = {} if full else {final: base}  # pack(MLP(V_k)), once per level however many layers take it
-        for k in sorted({*fusion.levels} - {*projected}):
-            projected[k] = stream.pack((self.amp[str(k)] if full else self.projector)(taps[k]), newline)
+        projected = {}  # k: pack(MLP(V_k)), once per level however many layers take it
+        for k in fusion.levels:
+            mlp = self.amp[str(k)] if full else self.projector
+            projected[k] = base if k == final and not full else stream.pack(mlp(taps[k]), newline)
         return base, functools.partial(self.amp, projected, self.amp.lower(taps, stream))
 
     def inject(self, l, levels, v_hat, stream, gates, h):
@@ -733,10 +743,11 @@ class CLI(nn.Module):
     def forward(self, tokens, pictures=(), seqlens=None, context=None, cache=None, select=None, labels=None):
         """A flat stream of prompts to logits or to a loss (eq. 3).
 
-        tokens: int64[T], IMAGE_TOKEN once per picture; pictures: Picture, in order; seqlens: lengths of the sequences
-        in tokens (None: one); context: bool[T], what the gates may read (None: everything; with labels: what comes
-        before the first supervised token); cache: KVCache that the sequences continue; select: None for all positions,
-        "last" of every sequence; labels: int64[T], the id each token should be, IGNORE where unsupervised.
+        tokens: int64[T_prompt], IMAGE_TOKEN once per picture; pictures: Picture, in order; seqlens: lengths of the
+        sequences in tokens (None: one); context: bool[T_prompt], what the gates may read (None: everything; with
+        labels: what comes before the first supervised token); cache: KVCache that the sequences continue; select: None
+        for all positions, "last" of every sequence; labels: int64[T_prompt], the id each token should be, IGNORE where
+        unsupervised.
         Returns (logits float[T_selected, V], gates {l: float[B, levels]}), or with labels
         (sum of cross-entropies, number of supervised tokens, gates).
         """
@@ -783,7 +794,7 @@ class CLI(nn.Module):
 
     @torch.inference_mode()
     def logits(self, tokens, images=()):
-        """Logits of one prompt: tokens int64[T] with IMAGE_TOKEN once per PIL image -> float[T', V], expanded."""
+        """Logits of one prompt: tokens int64[T_prompt], IMAGE_TOKEN once per PIL image -> float[T, V]."""
         pictures = [prepare_image(x, self.config, len(images) > 1) for x in images]
         return self(tokens.to(self.device), pictures)[0]
 
@@ -838,8 +849,8 @@ class CLI(nn.Module):
     @torch.no_grad()
     def init_weights(self, prefixes=("",), seed=0):
         """Fresh values for the parameters under the given prefixes: N(0, 0.02), standard deviation 1 / sqrt(width) for
-        newline vector, AGF's q, k and v and AMP's A, as LLaVA and PyTorch start such; norms 1, biases 0; AMP's B zero,
-        its full MLPs copies of the projector; AGF's gate at its configured bias. On any device the same values."""
+        newline vector (as LLaVA), AGF's q, k and v and AMP's A (ours); norms 1, biases 0; AMP's B zero, its full MLPs
+        copies of the projector; AGF's gate at its configured bias. On any device the same values."""
         generator = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
             if not name.startswith(tuple(prefixes)):
@@ -887,13 +898,14 @@ class CLI(nn.Module):
             raise
         except (AttributeError, LookupError, TypeError, ValueError, re.error) as e:
             raise InputError(f"{source}: malformed config.json or key map: {type(e).__name__}: {e}") from e
-        if fusion not in (None, "none", config.fusion):
+        fusion = FusionConfig() if fusion == "none" else fusion
+        if fusion not in (None, config.fusion):
             if config.fusion.routes or not config.vision:
-                raise InputError(f"{source}: cannot add fusion: it has "
-                                 + ("its own" if config.vision else "no vision encoder"))
+                raise InputError(f"{source}: cannot take the fusion that was asked for: it has "
+                                 + ("one of its own" if config.vision else "no vision encoder"))
             if isinstance(fusion, str):
                 fusion = fusion_preset(fusion, config.decoder.num_hidden_layers, config.vision.num_hidden_layers,
-                                       gate_bias_init=-4.0)
+                                       gate_bias_init=NEARLY_SHUT)
             config = dataclasses.replace(config, fusion=fusion)
         with torch.device("meta"):
             model = CLI(config).eval()
@@ -1018,7 +1030,7 @@ def read_layout(raw, shapes, tower=None, key_map=None, generation=None):
         raise InputError(f'config.json does not say how many attention heads a vision encoder of width {Dv} has: add '
                          f'"vision_config": {{"num_attention_heads": ..., "image_size": ...}}')
     side = math.isqrt(ours["vision.position_embedding.weight"][0] - clip)
-    size = v.get("image_size") or (384 if (side, patch) == (27, 14) else side * patch)
+    size = v.get("image_size") or (384 if (side, patch) == (27, 14) else side * patch)  # 27 * 14 = 378: no shape tells
     # LLaVA drops the last block of a CLIP or of a bare SigLIP; inside a checkpoint SigLIP's is gone already
     last = raw.get("vision_feature_layer", -2 if tower or clip else -1)
     vision = VisionConfig(
@@ -1029,6 +1041,7 @@ def read_layout(raw, shapes, tower=None, key_map=None, generation=None):
     pinpoints = raw.get("image_grid_pinpoints") or ()
     if "text_config" in raw:  # transformers keeps (height, width)
         pinpoints = [(w, h) for h, w in pinpoints]
+    # A bare SigLIP and a bare decoder become a model as LLaVA-OneVision is, with a newline vector.
     newline = "image_newline" in ours or "projector.0.weight" not in ours and not clip
     aspect = raw.get("image_aspect_ratio") or raw.get("vision_aspect_ratio") or ("anyres_max_9" if newline else "pad")
     return Config(vision=vision, fusion=find_fusion(names, shapes, D, Dv, key_map), newline=newline,
@@ -1045,18 +1058,20 @@ def find_fusion(names, shapes, D, Dv, key_map):
         if not re.match(BASE, ours):
             names[name] = guess(name, shapes[name], D, Dv) or ours
     form = re.compile(r"(?:agf\.(\d+)|amp\.(\d+)\.(\d+)(?=\.[AB]\.)|amp\.(\d+))\.(.*)")
-    found = {name: (m[1] or m[2], m[3] or m[4], m[5])  # decoder layer l or None, vision level k or None, the rest
+    found = {name: (m[1] or m[2], m[3] or m[4], m[5])  # the file's number of a layer, of a level (or None), the rest
              for name, ours in names.items() if (m := form.fullmatch(ours))}
     if not found:
         return FusionConfig()
 
     def lists(key, numbers):
-        """{number in a name: what it means}: itself, unless it counts 0, 1, 2, ... through the key map's list."""
+        """{number in a name: what it means}: itself, unless the names count 0, 1, 2, ... through the key map's list, or
+        have no such number."""
         numbers = sorted({int(n) for n in numbers})
         given = parse_layers(key_map.get(key, numbers))
         counted = list(range(len(given)))
         if key not in key_map and numbers == counted != [0]:
-            raise InputError(f"the checkpoint counts {key} {numbers}: give their list as {key!r} in the key map")
+            raise InputError(f"the names of the checkpoint's tensors do not tell its {key}, they have "
+                             f"{numbers or 'none'}: give their list as {key!r} in the key map")
         if numbers not in ([], given, counted):
             raise InputError(f"key map: {key} is {given}, but the checkpoint has {numbers}")
         return dict(zip(numbers or given, given))
@@ -1141,7 +1156,8 @@ def grouped(names):
         groups.setdefault(text, []).append(re.findall(r"(?<=\.)\d+(?=\.)", name))
     for text, numbers in groups.items():
         spans = [sorted(set(column), key=int) for column in zip(*numbers)]
-        yield text % tuple(span[0] if len(span) == 1 else f"{{{span[0]}..{span[-1]}}}" for span in spans)
+        yield text % tuple(span[0] if len(span) == 1 else f"{{{span[0]}..{span[-1]}}}"
+                           if int(span[-1]) - int(span[0]) < len(span) else f"{{{','.join(span)}}}" for span in spans)
 
 
 def fetch(source):
@@ -1261,6 +1277,15 @@ def choose_grid(size, pinpoints):
     return max(pinpoints, key=merit)  # of equals the first
 
 
+def choose_tiles(size, config, several):
+    """Grid (gw, gh) of the tiles that a picture (W, H) is cut into, or None: one crop, padded to a square, as "pad" has
+    it, and as always where a prompt has several pictures."""
+    if several or config.image_aspect_ratio == "pad":
+        return None
+    w, h = choose_grid(size, config.grid_pinpoints)
+    return w // config.vision.image_size, h // config.vision.image_size
+
+
 def normalise(image, cfg):
     """PIL RGB -> float32[3, h, w], (x / 255 - mean) / std with the product in float64 as in LLaVA."""
     x = (np.asarray(image, dtype=np.float64) * (1 / 255)).astype(np.float32)
@@ -1269,28 +1294,28 @@ def normalise(image, cfg):
 
 
 def prepare_image(image, config, several=False):
-    """PIL image -> Picture. Anyres: the whole picture squeezed into one crop, then the tiles of a black canvas; "pad",
-    and always where a prompt has several pictures: one crop, padded to a square with the mean colour."""
+    """PIL image -> Picture: the whole picture squeezed into one crop, then the tiles of a black canvas; where there are
+    no tiles one crop, padded to a square with the mean colour. several: the prompt has other pictures."""
     if not config.vision:
         raise InputError("this model has no vision encoder: it takes text only")
     cfg, S = config.vision, config.vision.image_size
     image = load_image(image)
-    if several or config.image_aspect_ratio == "pad":
-        side = max(image.size)
-        if side**2 > 4 * MAX_PIXELS:
+    grid = choose_tiles(image.size, config, several)
+    if not grid:
+        longest = max(image.size)
+        if longest**2 > 4 * MAX_PIXELS:
             raise InputError(f"a picture of {image.width} x {image.height} is too long to be padded to a square")
-        square = Image.new("RGB", (side, side), tuple(int(255 * m) for m in cfg.image_mean))
-        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        square = Image.new("RGB", (longest, longest), tuple(int(255 * m) for m in cfg.image_mean))
+        square.paste(image, ((longest - image.width) // 2, (longest - image.height) // 2))
         return Picture(normalise(square.resize((S, S), Image.BICUBIC), cfg)[None], image.size, None)
-    cw, ch = choose_grid(image.size, config.grid_pinpoints)
+    (gw, gh), (cw, ch) = grid, (grid[0] * S, grid[1] * S)  # tiles, pixels
     sw, sh = cw / image.width, ch / image.height
     w, h = (cw, min(math.ceil(image.height * sw), ch)) if sw < sh else (min(math.ceil(image.width * sh), cw), ch)
     canvas = Image.new("RGB", (cw, ch))
     canvas.paste(image.resize((w, h), Image.BICUBIC), ((cw - w) // 2, (ch - h) // 2))
-    gw, gh = cw // S, ch // S
     tiles = normalise(canvas, cfg).view(3, gh, S, gw, S).permute(1, 3, 0, 2, 4).flatten(0, 1)
     base = normalise(image.resize((S, S), Image.BICUBIC), cfg)
-    return Picture(torch.cat([base[None], tiles]), image.size, (gw, gh))
+    return Picture(torch.cat([base[None], tiles]), image.size, grid)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1671,6 +1671,17 @@ def test_errors_of_keys(tmp_path):
           "48", "[7, 3]", f"image_newline [{WIDTH}]")  # fmt: skip
 
 
+    assert [*cli.grouped(["a.1.b", "a.2.b", "a.3.b"]), *cli.grouped(["a.1.b", "a.5.b"])] == ["a.{1..3}.b", "a.{1,5}.b"]
+
+
+def test_a_fusion_is_not_exchanged(tmp_path):
+    """A checkpoint that has a fusion loads with that one only: another, or none, would not be what was trained."""
+    tiny(preset("cli")).save_pretrained(tmp_path)
+    assert load(tmp_path, fusion=preset("cli")).config.fusion == load(tmp_path).config.fusion == preset("cli")
+    for other in ("none", "amp", preset("amp")):
+        fails(lambda other=other: load(tmp_path, fusion=other), "it has one of its own")
+
+
 def test_errors_of_prompts(base):
     """Pictures and placeholders that do not match, a prompt over the context, an empty prompt."""
     model = load(base)
@@ -1700,6 +1711,8 @@ def test_errors_of_options(base):
     fails(lambda: Config(fusion=FusionConfig(routes=((1, (2,)), (1, (3,))))), "stands in two")
     fails(lambda: Config(fusion=FusionConfig(routes=((1, (2,)),), gate="scalar", agf_heads=5)), "agf_heads 5", "896")
     fails(lambda: load(base, fusion="deepstak"), "deepstak", "deepstack")
+    odd = DecoderConfig(num_attention_heads=5, num_key_value_heads=1)  # the gates' heads too, if nothing else is said
+    fails(lambda: Config(decoder=odd, fusion=FusionConfig(routes=((1, (2,)),), gate="scalar")), "agf_heads 5", "896")
     for spec in ("RANGE-1-x-4", "1;2", "", "RANGE-1-9-0"):
         fails(lambda spec=spec: cli.parse_layers(spec), repr(spec))
     fails(lambda: tiny_config(FusionConfig(routes=((LAYERS, (1,)),))), LAYERS)
@@ -2931,6 +2944,13 @@ def test_recipes(tmp_path, monkeypatch):
         assert [cfg.init_from for cfg in (encode, pretrain, tune, blind)] == ["", encode.out, pretrain.out, ""]
         assert scored.pop(0)[:2] == (tune.out, blind.out) and blind.blind and not tune.blind
     assert not scored and stages[8].init_from.startswith("lmms-lab/")
+    # Another fusion is for the stage that has one, and keeps the fields that it does not name.
+    given = ["--fusion", "amp", "--fusion_fields", '{"lora_rank": 4}', "--seed", "7"]
+    _, stages = train.parse(["--recipe", "nano", *given])
+    assert [(cfg.fusion, cfg.seed) for cfg in stages] == [("none", 7), ("none", 7), ("amp", 7), ("none", 7)]
+    assert stages[2].fusion_fields == {**train.NANO_FUSION, "lora_rank": 4} and stages[3].fusion_fields == {}
+    (tmp_path / "run.json").write_text('[{"steps": 1}, {"init_from": "stage0"}]')
+    assert [cfg.fusion for cfg in train.parse(["--config", str(tmp_path / "run.json"), *given])[1]] == ["amp"] * 2
 
 
 def test_train_mistakes_are_one_line(few, mixed, tmp_path, monkeypatch, capsys):
@@ -2989,6 +3009,17 @@ def test_train_mistakes_are_one_line(few, mixed, tmp_path, monkeypatch, capsys):
     ):
         error = mistake(monkeypatch, capsys, train, *arguments)
         assert message in error, (arguments, error)
+
+
+def test_training_goes_on_with_the_fusion_there_is(few, tmp_path):
+    """A stage whose base has the fusion that it asks for keeps it, gates and all; one that names none too."""
+    train.train(settings(few, tmp_path, steps=1))
+    base = cli.CLI.from_pretrained(tmp_path, quiet=True)
+    for fields in ({}, {"fusion": "none", "fusion_fields": {}}):
+        model = train.build_model(settings(few, "unused", init_from=str(tmp_path), **fields),
+                                  train.read_manifest(few, "train"))
+        assert model.config.fusion == base.config.fusion
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), base.parameters(), strict=True))
 
 
 def test_data_made_anew_is_noticed(few, emoji, tmp_path, monkeypatch):
@@ -3074,6 +3105,23 @@ def test_evaluate(few, tmp_path, monkeypatch, capsys):
     assert page.startswith("before\n<!-- nano accuracy -->\n| question | val_seen |")
     assert page.endswith("|\n<!-- end -->\nafter\n") and "old" not in page
     assert "| all | 100 / 0 / " in page and page.split("\n")[2] in capsys.readouterr().out
+
+
+def test_evaluate_scores_first_answers(mixed):
+    """Of a conversation the first answer counts, the majority's too; what does not fit into the context is wrong."""
+    model = tiny_model(mixed / "answer")
+    rows = train.Rows(mixed / "answer", "train", model.config)
+    firsts = [tuple(tokens[slice(*train.first_answer(marks))].tolist()) for tokens, marks, _ in rows]
+    assert [model.tokenizer.decode(ids) for ids in firsts] == [f"A {n}." for n in range(7)]
+    assert train.majority(rows) == {"text": firsts[0], "picture": firsts[1], "pictures": firsts[3]}
+    fit = train.answers(model, rows, "all")
+    assert all(given for _, _, given, _ in fit)
+    shortest = sorted(rows.lengths)[2]
+    decoder = dataclasses.replace(model.config.decoder, max_position_embeddings=shortest)
+    model.config = dataclasses.replace(model.config, decoder=decoder)
+    for n, (kind, right, given, W) in enumerate(train.answers(model, rows, "some")):
+        assert (kind, right) == fit[n][:2] == (rows.kinds[n], f"A {n}.")
+        assert bool(given) == (rows.lengths[n] <= shortest) and (given or W == {})
 
 
 def test_evaluate_generates(few, tmp_path):

@@ -7,6 +7,7 @@
     python train.py --evaluate assets/nano          accuracy by kind of question on the validation splits
     torchrun --nproc_per_node=2 train.py ...        several ranks share every step's rows, with --shard the weights too
 
+A setting on the command line holds for every stage; a fusion, and field by field its fields, for those that have one.
 A run that was killed goes on from its last checkpoint when the same command is given again: on a CPU with the same
 losses to the last bit. Its folder: state.pt (weights, optimiser, position), log.jsonl, then the model and train.json.
 """
@@ -73,7 +74,7 @@ class TrainConfig:
     init_from: str = setting("", "model to start from, a folder or hub id; empty: a fresh one of the sizes in --model")
     vision: str = setting("", "separate vision encoder for init_from (bare SigLIP or CLIP)")
     model: dict = setting(NANO, "sizes of a fresh model: JSON with VisionConfig's and DecoderConfig's fields")
-    fusion: str = setting("none", f"preset: {', '.join(cli.PRESETS)}")
+    fusion: str = setting("none", f"preset: {', '.join(cli.PRESETS)}; none: what init_from has")
     fusion_fields: dict = setting({}, "JSON with decoder_layers, vision_levels and other fields of FusionConfig")
     image_aspect_ratio: str = setting("", "how pictures are cut: pad, anyres or anyres_max_N; empty: as init_from does")
     objective: str = setting("answers", "answers: predict them; contrast: tell which answers go with which picture")
@@ -218,12 +219,9 @@ def flat_stream(items):
 
 @functools.cache
 def picture_tokens(config, width, height, several):
-    """Visual tokens of a picture of that size (cf. cli.prepare_image)."""
-    grid = None
-    if not several and config.image_aspect_ratio != "pad":
-        w, h = cli.choose_grid((width, height), config.grid_pinpoints)
-        grid = (w // config.vision.image_size, h // config.vision.image_size)
-    return cli.visual_tokens(cli.Picture(None, (width, height), grid), config)
+    """Visual tokens of a picture of that size, before it is read."""
+    size = (width, height)
+    return cli.visual_tokens(cli.Picture(None, size, cli.choose_tiles(size, config, several)), config)
 
 
 def micro_batches(rows, order, budget):
@@ -273,7 +271,11 @@ def build_model(cfg, manifest):
         base = load(quiet=True).config  # weights are memory-mapped: this reads next to nothing
         if not base.vision:
             raise InputError(f"{cfg.init_from} has no vision encoder: name one with --vision")
-        fusion = make_fusion(cfg, base.decoder, base.vision, gate_bias_init=-4.0) if cfg.fusion != "none" else None
+        fusion = None  # what the base has
+        if cfg.fusion != "none":
+            # where gates are trained already, what they once started at tells nothing apart
+            bias = base.fusion.gate_bias_init if base.fusion.routes else cli.NEARLY_SHUT
+            fusion = make_fusion(cfg, base.decoder, base.vision, gate_bias_init=bias)
         model = load(fusion=fusion, dtype="float32", quiet=dist.is_initialized() and dist.get_rank() > 0)
         check_tokenizer(model, cfg.init_from, cfg.data, manifest)
         return model
@@ -346,7 +348,7 @@ class Muon(torch.optim.Optimizer):
         self.dtype, self.momentum = dtype, momentum
 
     @torch.no_grad()
-    def step(self, closure=None):  # checkpoints call it with that name
+    def step(self, closure=None):  # get_state_dict calls step(closure=None)
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
@@ -411,9 +413,9 @@ def feed(model, batch, autocast, objective="answers"):
 
 def contrast(model, tokens, pictures, seqlens, labels, **_):
     """How a fresh vision encoder learns to see, as SigLIP and CLIP do: the mean projected token of a row's picture
-    should point where the sum of the embeddings of its own answers does, more than those of the other rows of the batch
-    -> (sum of cross-entropies, number of rows, no gates). The decoder's loss alone taught a fresh encoder next to
-    nothing in the same time."""
+    should point where the sum of the embeddings of its own answers does, more than those of the other rows of its
+    micro-batch (so --ranks and --batch_tokens change what is learnt) -> (sum of cross-entropies, number of rows, no
+    gates). The decoder's loss alone taught a fresh encoder next to nothing in the same time."""
     if any((row == IMAGE_TOKEN).sum() != 1 for row in tokens.split(seqlens)):
         raise InputError("--objective contrast needs rows of one picture each")
     final = model.config.vision.num_hidden_layers
@@ -432,7 +434,7 @@ def backward(model, batches, total, autocast, objective="answers"):
     """Accumulate the gradient of sum(cross-entropy) / total over micro-batches -> (that sum, gates, tokens fed).
 
     total: supervised tokens of the whole step, over all micro-batches and ranks, so that every token weighs the same
-    however the step is cut up.
+    however the step is cut up (contrast: rows).
     """
     loss_sum, gates, fed = 0.0, {}, 0
     for batch in batches:
@@ -610,11 +612,12 @@ def train(cfg):
             took = time.time() - began
             seconds += took
             recent = [*recent[-19:], took]
+            # lr is the decoder's, mfu the share of the GPU's peak FLOP/s
             line = {"step": step, "loss": loss, "lr": cfg.lr_decoder * schedule(step - 1, steps, cfg.warmup),
                     "norm": norm, "gates": gates, "tokens_per_s": round(fed * world / took),
                     "mfu": matrix_flops * fed / took / peak if peak else 0.0, "gib": cli.peak_memory(device),
                     "seconds": round(seconds, 1)}
-            if dev and (step % cfg.eval_every == 0 or step == steps):
+            if dev_usable and (step % cfg.eval_every == 0 or step == steps):
                 line["dev_loss"] = mean_loss(model, dev, dev_usable[:256], cfg, autocast)
             if rank == 0:
                 log.write(json.dumps(line) + "\n")
@@ -648,31 +651,39 @@ def readable(line, steps, left):
 # Evaluation
 
 
+def first_answer(marks):
+    """Marks of a row -> (start, end) of its first answer."""
+    start = int((marks == 1).nonzero()[0])
+    return start, start + int((marks[start:] == 1).cumprod(0).sum())
+
+
 def answers(model, rows, name, limit=0):
     """Greedy answers to the first question of `limit` rows (0: all) -> [(kind, right answer, given answer, W)], W:
-    {decoder layer: a weight per level}."""
+    {decoder layer: a weight per level}. Nothing is the answer to what is longer than the model's context."""
     out = [None] * min(limit or len(rows), len(rows))
     for chosen in tqdm(micro_batches(rows, range(len(out)), 16384), desc=name, unit="batch"):
-        prompts, pictures, expected = [], [], []
+        prompts, pictures, asked = [], [], []
         for i in chosen:
             tokens, marks, data = rows[i]
-            first = int((marks == 1).nonzero()[0])
-            end = first + int((marks[first:] == 1).cumprod(0).sum())  # where the first answer ends
-            prompts.append(tokens[:first].tolist())
-            pictures.append([open_picture(p) for p in data])
-            expected.append(model.tokenizer.decode(tokens[first:end].tolist()).strip())
-        steps = list(model.generate(prompts, pictures, max_new_tokens=32, repetition_penalty=1.0))
-        for b, i in enumerate(chosen):
+            start, end = first_answer(marks)
+            out[i] = (rows.kinds[i], model.tokenizer.decode(tokens[start:end].tolist()).strip(), "", {})
+            if rows.lengths[i] - len(tokens[start:]) <= model.config.decoder.max_position_embeddings:
+                prompts.append(tokens[:start].tolist())
+                pictures.append([open_picture(p) for p in data])
+                asked.append(i)
+        steps = list(model.generate(prompts, pictures, max_new_tokens=32, repetition_penalty=1.0)) if asked else []
+        for b, i in enumerate(asked):
             given = model.tokenizer.decode([step[b] for step in steps]).strip()
-            out[i] = (rows.kinds[i], expected[b], given, {l: w[b].tolist() for l, w in model.gates.items()})
+            out[i] = (*out[i][:2], given, {l: w[b].tolist() for l, w in model.gates.items()})
     return out
 
 
 def majority(rows):
-    """{kind: tokens of its most frequent answer}."""
+    """{kind: tokens of its most frequent first answer}."""
     counts = {}
     for kind, (tokens, marks, _) in zip(rows.kinds, rows):
-        counts.setdefault(kind, Counter())[tuple(tokens[marks == 1].tolist())] += 1
+        start, end = first_answer(marks)
+        counts.setdefault(kind, Counter())[tuple(tokens[start:end].tolist())] += 1
     return {kind: c.most_common(1)[0][0] for kind, c in counts.items()}
 
 
@@ -803,12 +814,17 @@ def parse(argv):
     given = {name: getattr(args, name) for name in fields if getattr(args, name) is not None}
     stages = read_stages(args.config) if args.config else RECIPES[args.recipe]
     base = Path(args.out or f"out/{Path(args.config).stem if args.config else args.recipe}")
-    configs = {}
+    fused, configs = any("fusion" in stage for stage in stages.values()), {}
     for name, stage in stages.items():
         if wrong := [key for key in stage if key not in fields]:
             raise unknown_name(f"{args.config}: unknown setting {wrong[0]}", wrong[0], fields)
         out = stage["out"] if "out" in stage and not args.out else str(base / name)
-        cfg = TrainConfig(**{**stage, **given, "out": out})
+        own, new, old = dict(given), given.get("fusion_fields"), stage.get("fusion_fields")
+        if fused and "fusion" not in stage:  # a fusion is not for what others start from, nor for the blind twin
+            own = {k: v for k, v in given.items() if k not in ("fusion", "fusion_fields")}
+        elif isinstance(new, dict) and isinstance(old, dict):
+            own["fusion_fields"] = {**old, **new}
+        cfg = TrainConfig(**{**stage, **own, "out": out})
         if cfg.init_from in configs:  # an earlier stage
             cfg.init_from = configs[cfg.init_from].out
         configs[name] = cfg
