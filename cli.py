@@ -79,6 +79,16 @@ def first_line(e):
 # Configuration
 
 
+def build(cls, d):
+    """One of the classes below from fields as JSON has them, lists for tuples. Raises TypeError for a wrong type."""
+    d = {k: tuple(tuple(x) if isinstance(x, list) else x for x in v) if isinstance(v, list) else v
+         for k, v in d.items()}
+    for f in dataclasses.fields(cls):
+        if f.name in d and not isinstance(d[f.name], (int, float) if f.type is float else f.type):
+            raise TypeError(f"{f.name} is {d[f.name]!r}, expected {f.type}")
+    return cls(**d)
+
+
 @dataclass(frozen=True)
 class VisionConfig:
     """SigLIP or CLIP encoder; the defaults are SigLIP so400m/14-384 as LLaVA-OneVision uses it."""
@@ -208,14 +218,6 @@ class Config:
     @staticmethod
     def from_dict(d):
         """Inverse of to_dict, from parsed JSON. Raises InputError on an unknown field."""
-        def build(cls, d):
-            d = {k: tuple(tuple(x) if isinstance(x, list) else x for x in v) if isinstance(v, list) else v
-                 for k, v in d.items()}
-            for f in dataclasses.fields(cls):
-                if f.name in d and not isinstance(d[f.name], (int, float) if f.type is float else f.type):
-                    raise TypeError(f"{f.name} is {d[f.name]!r}, expected {f.type}")
-            return cls(**d)
-
         parts = {"vision": VisionConfig, "decoder": DecoderConfig, "fusion": FusionConfig}
         try:
             d = {k: build(parts[k], v) if isinstance(v, dict) else v for k, v in d.items() if k != "format"}
@@ -264,7 +266,7 @@ def fusion_preset(name, depth, levels, decoder_layers=None, vision_levels=None, 
         raise InputError(f"fusion {name}: decoder layers {ls} <- vision levels {ks}: neither may be empty")
     routes = {"none": [], "all": [(l, ks) for l in ls], "final": [(l, (levels,)) for l in range(len(ls))],
               "each": [(l, (k,)) for l, k in zip(range(len(ls)), ks)]}[pairing]
-    return FusionConfig(**{"routes": routes, "projector": projector, "gate": gate, **fields})
+    return build(FusionConfig, {"routes": routes, "projector": projector, "gate": gate, **fields})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1279,8 +1281,10 @@ def choose_grid(size, pinpoints):
 
 def choose_tiles(size, config, several):
     """Grid (gw, gh) of the tiles that a picture (W, H) is cut into, or None: one crop, padded to a square, as "pad" has
-    it, and as always where a prompt has several pictures."""
+    it, and as always where a prompt has several pictures. Raises InputError where the square would be too large."""
     if several or config.image_aspect_ratio == "pad":
+        if max(size) ** 2 > 4 * MAX_PIXELS:
+            raise InputError(f"a picture of {size[0]} x {size[1]} is too long to be padded to a square")
         return None
     w, h = choose_grid(size, config.grid_pinpoints)
     return w // config.vision.image_size, h // config.vision.image_size
@@ -1303,8 +1307,6 @@ def prepare_image(image, config, several=False):
     grid = choose_tiles(image.size, config, several)
     if not grid:
         longest = max(image.size)
-        if longest**2 > 4 * MAX_PIXELS:
-            raise InputError(f"a picture of {image.width} x {image.height} is too long to be padded to a square")
         square = Image.new("RGB", (longest, longest), tuple(int(255 * m) for m in cfg.image_mean))
         square.paste(image, ((longest - image.width) // 2, (longest - image.height) // 2))
         return Picture(normalise(square.resize((S, S), Image.BICUBIC), cfg)[None], image.size, None)

@@ -194,13 +194,14 @@ def onevision_items(args):
         files.setdefault(name.split("/")[-2], []).append(name)
     if unknown := set(args.subset or ()) - set(files):
         raise InputError(f"no subset {', '.join(sorted(unknown))}; there are: {', '.join(files) or 'none'}")
-    wanted = args.subset or [s for s in files if group_of(s) in (args.group or GROUPS)]
+    groups = args.group or ([] if args.subset else GROUPS)
+    wanted = [s for s in files if s in (args.subset or ()) or group_of(s) in groups]
     todo = [file for subset in wanted for file in files[subset]]
     with ThreadPoolExecutor(8) as pool:
         rows = pool.map(lambda file: open_parquet(file, look).metadata.num_rows, todo)
         count = dict(zip(todo, tqdm(rows, desc="counting rows", unit="file", total=len(todo))))
     sizes = {}  # group -> {subset: rows}
-    for subset in sorted(set(wanted)):
+    for subset in sorted(wanted):
         sizes.setdefault(group_of(subset), {})[subset] = sum(count[file] for file in files[subset])
     items = []
     quotas = share_out(args.samples or 0, [GROUPS.get(group, (0.2,))[0] for group in sizes])
@@ -307,7 +308,10 @@ def build(args, source: dict, tokenizer_json: str, splits: dict, kinds: list, ro
     if args.labels == "llava" and args.template != "qwen_1_5":
         raise InputError("--labels llava is the mask of template qwen_1_5")
     tokenizer = cli.Tokenizer(tokenizer_json)
-    cli.encode_chat(tokenizer, args.template, [("user", "?"), ("assistant", "!")])  # has it the template's tokens?
+    try:
+        cli.encode_chat(tokenizer, args.template, [("user", "?"), ("assistant", "!")])
+    except InputError as e:
+        raise InputError(f"{e}, which template {args.template} needs (--template, --tokenizer)") from e
     encode = functools.partial(encode_row, tokenizer=tokenizer, template=args.template, labels=args.labels)
     arguments = {
         "format": FORMAT, "command": args.command, "source": source, "seed": args.seed, "template": args.template,
@@ -502,7 +506,7 @@ def main() -> None:
     add("file", type=Path, help="a list of {image, conversations}, or one such record a line (.jsonl)")
     add("--images", type=Path, help="folder that the names of the pictures are relative to")
     add = command("onevision", onevision_command, f"{HUB}, from the hub (needs pyarrow)", bundled, 0, 1000)
-    add("--subset", action="append", help="only this subset; may be repeated")
+    add("--subset", action="append", help="only this subset; may be repeated, beside --group too")
     add("--group", action="append", choices=list(GROUPS), help="only this group; may be repeated")
     add("--samples", type=int, help="rows in all, shared out over the groups (default: every row)")
     add("--from", type=Path, dest="source", metavar="DIR", help="a local copy: DIR/SUBSET/*.parquet")

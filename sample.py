@@ -215,8 +215,26 @@ def read_questions(path):
     return questions
 
 
+def answer_rows(model, rows, args):
+    """Decode the answers to some questions together: each gets its "answer", or "error", and loses its "paths"."""
+    prompts, pictures, good = [], [], []
+    for row in rows:
+        try:
+            ids, images = prepare(model, row.pop("paths"), row["prompt"])
+        except InputError as e:
+            row["error"] = str(e)
+            continue
+        prompts.append(ids)
+        pictures.append(images)
+        good.append(row)
+    steps = list(generate(model, prompts, pictures, args)) if good else []
+    for b, row in enumerate(good):
+        row["answer"] = model.tokenizer.decode([step[b] for step in steps]).strip()
+
+
 def batch(model, args):
-    """Answer a JSONL file, args.batch_size at a time; lines are appended as they come. -> number that failed"""
+    """Answer a JSONL file, args.batch_size at a time; lines are appended as they come, and those of an earlier run that
+    failed are tried again first. -> number that failed"""
     questions, out, done = [{**q, "model": args.model} for q in read_questions(args.batch)], Path(args.out), []
     if out.exists():
         whole = out.read_bytes()
@@ -229,32 +247,25 @@ def batch(model, args):
         except (ValueError, AttributeError):
             raise InputError(f"{out} exists and does not hold answers of {args.model} to {args.batch}: choose another "
                              "--out") from None
-        cli.write_whole(out, lambda temporary: temporary.write_bytes(whole))
-        say(f"{len(done)} of {len(questions)} were answered before")
+        say(f"{sum('answer' in d for d in done)} of {len(questions)} were answered before")
+        for n in [n for n, d in enumerate(done) if "error" in d]:
+            done[n] = questions[n]
+            answer_rows(model, [done[n]], args)
+        cli.write_text(out, json_lines(done))
     failed = sum("error" in d for d in done)
-    with open(out, "a", encoding="utf-8") as file, tqdm(total=len(questions), initial=len(done)) as bar:
+    with open(out, "ab") as file, tqdm(total=len(questions), initial=len(done)) as bar:
         for start in range(len(done), len(questions), args.batch_size):
-            rows, prompts, pictures, good = questions[start : start + args.batch_size], [], [], []
-            for row in rows:
-                try:
-                    ids, images = prepare(model, row["paths"], row["prompt"])
-                except InputError as e:
-                    row["error"] = str(e)
-                    continue
-                prompts.append(ids)
-                pictures.append(images)
-                good.append(row)
-            if good:
-                steps = list(generate(model, prompts, pictures, args))
-                for b, row in enumerate(good):
-                    row["answer"] = model.tokenizer.decode([step[b] for step in steps]).strip()
-            for row in rows:
-                failed += "error" in row
-                del row["paths"]
-            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            rows = questions[start : start + args.batch_size]
+            answer_rows(model, rows, args)
+            failed += sum("error" in row for row in rows)
+            file.write(json_lines(rows).encode(errors="backslashreplace"))  # cf. cli.write_text
             file.flush()
             bar.update(len(rows))
     return failed
+
+
+def json_lines(rows):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def add_model_flags(add):
@@ -313,6 +324,8 @@ def main():
         raise InputError("--seed must be at least 0 and below 2**63")
     if bool(args.batch) != bool(args.out):
         raise InputError("--batch and --out go together")
+    if args.batch and (args.image or args.json or args.prompt is not None or args.gates is not None):
+        raise InputError("--batch goes without --image, --prompt, --json and --gates")
     for path in args.image:  # before a large model is loaded
         load_image(path)
     if args.batch:
@@ -324,13 +337,21 @@ def main():
             raise InputError(f"{failed} questions could not be answered: their lines in {args.out} say why")
     elif args.prompt is not None:
         ask(model, args, [(args.image, args.prompt)])
-    elif args.model == parser.get_default("model") and not args.image and not args.json:
+    elif args.model == parser.get_default("model") and not args.image:
         args.gates = args.gates if args.gates is not None else ""
         ask(model, args, [([HERE / "assets/pictures" / name], prompt) for name, prompt in DEMO])
-    elif sys.stdin.isatty() and not args.json:
+    elif sys.stdin.isatty():
+        if args.gates or args.json:
+            raise InputError("--json and --gates PNG need a --prompt; a chat shows W with plain --gates")
         chat(model, args)
     else:
-        ask(model, args, [(args.image, sys.stdin.read().strip())])
+        try:
+            question = sys.stdin.read().strip()
+        except UnicodeDecodeError as e:
+            raise InputError(f"standard input is not text: {e}") from e
+        if not question:
+            raise InputError("no question: give --prompt, or write it to standard input")
+        ask(model, args, [(args.image, question)])
 
 
 if __name__ == "__main__":

@@ -1947,10 +1947,10 @@ def test_sample_chat_survives_an_interrupt(asked, monkeypatch, capsys):
 def test_sample_batch_resumes(asked, monkeypatch, capsys):
     """--batch answers as one by one; a torn last line is redone, a bad picture told; other files are kept."""
     rows = [{"prompt": f"What is {i}?", "image": "a.png", "id": i} for i in range(5)]
-    rows += [{"prompt": "Who\u2028is it?", "error": None}, {"prompt": "Too long. " * 2000},
+    rows += [{"prompt": "Who\u2028is it?", "error": None}, {"prompt": "Too long. " * 2000, "id": "\ud83d"},
              {"prompt": "And this?", "image": ["nothing.png"]}]  # fmt: skip
     questions, out = asked / "in.jsonl", asked / "out.jsonl"
-    questions.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+    questions.write_text("".join(json.dumps(r, ensure_ascii="id" in r) + "\n" for r in rows))
     common = ["--model", asked, "--max-new-tokens", 5, "--batch", questions, "--out", out, "--batch-size", 3]
     status, _, err = run_sample(monkeypatch, capsys, *common)
     lines = out.read_text().removesuffix("\n").split("\n")
@@ -1962,6 +1962,11 @@ def test_sample_batch_resumes(asked, monkeypatch, capsys):
     out.write_text("\n".join(lines[:4]) + "\n" + lines[4][:9])
     run_sample(monkeypatch, capsys, *common)
     assert out.read_text() == "\n".join(lines) + "\n"
+    shutil.copy(asked / "a.png", asked / "nothing.png")  # what failed is tried again
+    status, _, err = run_sample(monkeypatch, capsys, *common)
+    again = out.read_text().removesuffix("\n").split("\n")
+    assert again[:-1] == lines[:-1] and json.loads(again[-1])["answer"] and "error" not in json.loads(again[-1])
+    assert status == 2 and "6 of 8 were answered before" in err and "1 questions" in err
     for name, value in (("image", "b.png"), ("model", "another")):  # what was answered is not what is asked now
         out.write_text(json.dumps({**json.loads(lines[0]), name: value}) + "\n")
         status, _, err = run_sample(monkeypatch, capsys, *common)
@@ -1991,7 +1996,9 @@ def test_sample_refuses(asked, monkeypatch, capsys):
                             (["--model", asked, "--prompt", "x", "--seed", 2**64], "--seed"),
                             (["--model", asked, "--prompt", "\udcff"], "not valid Unicode"),
                             (["--model", asked, "--prompt", "x", "--gates", asked / "x.png"], "--gates"),
-                            (["--batch", asked / "in.jsonl"], "--out")):
+                            (["--batch", asked / "in.jsonl"], "--out"),
+                            (["--batch", asked / "in.jsonl", "--out", asked / "o.jsonl", "--json"], "--json"),
+                            (["--model", asked], "no question")):
         status, _, err = run_sample(monkeypatch, capsys, *arguments)
         assert status == 2 and told in err.splitlines()[-1] and err.splitlines()[-1].startswith("error: "), err
 
@@ -2389,6 +2396,7 @@ def test_prepare_mistakes_are_one_line(emoji, tmp_path, small_tokenizer, monkeyp
     """A user's mistake ends with status 2 and one line, before anything is written."""
     (tmp_path / "chat.json").write_text('{"a": 1}')
     (tmp_path / "empty.json").write_text("[]")
+    (tmp_path / "some.json").write_text("[1]")
     (tmp_path / "file").write_text("no folder")
     monkeypatch.chdir(tmp_path)
 
@@ -2408,6 +2416,7 @@ def test_prepare_mistakes_are_one_line(emoji, tmp_path, small_tokenizer, monkeyp
         (["llava", "empty.json", "--tokenizer", small_tokenizer], "no rows in empty"),
         (["llava", "empty.json", "--tokenizer", "owner/model"], "no rows in empty"),
         (["llava", "empty.json", "--tokenizer", small_tokenizer, "--val", 5], "there are only 0 rows"),
+        (["llava", "some.json", "--tokenizer", small_tokenizer, "--template", "vicuna_v1"], "(--template, --tok"),
         (["emoji", "--per-kind", 3], "--per-kind N: 0 or at least 12"),
         (["emoji", "--vocabulary", 2], "at least 259"),
         (["emoji", "--train", "-1"], "cannot be negative"),
@@ -2417,7 +2426,7 @@ def test_prepare_mistakes_are_one_line(emoji, tmp_path, small_tokenizer, monkeyp
         (["onevision", "--from", "nowhere", "--tokenizer", emoji], "--from nowhere: no such folder"),
     ):
         assert message in mistake(monkeypatch, capsys, prepare_data, *arguments)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["chat.json", "empty.json", "file"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["chat.json", "empty.json", "file", "some.json"]
 
 
 # ---- LLaVA-OneVision-Data
@@ -2464,6 +2473,8 @@ def test_onevision_from_parquet(small_tokenizer, tmp_path, monkeypatch):
     assert kinds == dict(zip(sizes, (4, 3, 5, 2)))
     assert list(run("text", "--group", "text")[0]["splits"]["train"]["kinds"]) == ["magpie_pro(l3_80b_st)"]
     assert list(run("one", "--subset", "sharegpt4o")[0]["splits"]["train"]["kinds"]) == ["sharegpt4o"]
+    both = run("both", "--subset", "sharegpt4o", "--group", "text")[0]["splits"]["train"]["kinds"]
+    assert list(both) == ["magpie_pro(l3_80b_st)", "sharegpt4o"]
     with pytest.raises(cli.InputError, match="no subset nothing; there are: ai2d"):
         run("error", "--subset", "nothing")
     (tmp_path / "copy/sharegpt4o/train-00000-of-00002.parquet").write_bytes(b"PAR1 damaged")
@@ -2951,13 +2962,16 @@ def test_recipes(tmp_path, monkeypatch):
     assert stages[2].fusion_fields == {**train.NANO_FUSION, "lora_rank": 4} and stages[3].fusion_fields == {}
     (tmp_path / "run.json").write_text('[{"steps": 1}, {"init_from": "stage0"}]')
     assert [cfg.fusion for cfg in train.parse(["--config", str(tmp_path / "run.json"), *given])[1]] == ["amp"] * 2
+    (tmp_path / "run.json").write_text('[{"fusion": "none"}, {"init_from": "stage0", "fusion": "cli"}]')
+    assert [cfg.fusion for cfg in train.parse(["--config", str(tmp_path / "run.json"), *given])[1]] == ["none", "amp"]
+    assert train.parse(["--recipe", "nano", "--fusion", "none"])[1][2].fusion_fields == {}
 
 
 def test_train_mistakes_are_one_line(few, mixed, tmp_path, monkeypatch, capsys):
     """Unknown flags, values, data and other settings in the same folder: status 2 and one line that says what to do."""
     train.train(settings(few, tmp_path / "done", steps=1))
     for name, text in (("seeed", '{"seeed": 1}'), ("broken", "{"), ("many", '{"steps": "many"}'), ("empty", "{}"),
-                       ("numbers", "[1, 2]")):  # fmt: skip
+                       ("numbers", "[1, 2]"), ("same", '[{"out": "x"}, {"out": "x"}]')):  # fmt: skip
         (tmp_path / f"{name}.json").write_text(text)
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut/state.pt").write_bytes(b"cut off")
@@ -2985,18 +2999,24 @@ def test_train_mistakes_are_one_line(few, mixed, tmp_path, monkeypatch, capsys):
         (["--config", tmp_path / "seeed.json"], "unknown setting seeed: did you mean seed?"),
         (["--config", tmp_path / "many.json"], "setting steps: got 'many', expected int"),
         (["--config", tmp_path / "numbers.json"], "expected a JSON object of settings, or a list of such objects"),
+        (["--config", tmp_path / "same.json"], "two stages have the same out"),
         ([*tiny, "--data", tmp_path], "no manifest.json: make the data with prepare_data.py first"),
         ([*tiny, "--split", "tune"], "has no split 'tune', only encode, pretrain, train, val_seen"),
         ([*tiny, "--data", tmp_path / "damaged"], "train-00000.safetensors: missing or damaged"),
         ([*tiny, "--fusion", "all"], "unknown fusion preset 'all'"),
         ([*tiny, "--fusion", "cli", "--fusion_fields", '{"rank": 3}'], "settings fusion and fusion_fields: "),
         ([*tiny, "--fusion", "cli", "--fusion_fields", '{"decoder_layers": ["a"]}'], "settings fusion and"),
+        ([*tiny, "--fusion", "cli", "--fusion_fields", '{"agf_norm": "no"}'], "agf_norm is 'no', expected"),
+        ([*tiny, "--fusion_fields", '{"agf_norm": true}'], "of which fusion?"),
         ([*tiny, "--beta2", 1], "beta2 must be below 1"),
         ([*tiny, "--lr_decoder", "nan"], "setting lr_decoder: got nan"),
         ([*tiny, "--out", tmp_path / "cut"], "checkpoint is damaged"),
         (["--evaluate", tmp_path / "done", "--data", tmp_path / "alone"], "has no validation split"),
         (["--evaluate", tmp_path / "done", "--data", few, "--questions", -1], "cannot be negative"),
+        (["--evaluate", tmp_path / "done", "--data", few, "--blind"], "--evaluate takes no --blind"),
+        ([*tiny, "--blind_model", tmp_path / "done"], "--blind_model goes with --evaluate"),
         ([*tiny, "--model", '{"vision": {}}'], "setting model: 'decoder'"),
+        ([*tiny, "--model", '{"vision": {"hidden_size": "8"}, "decoder": {}}'], "setting model: hidden_size is '8'"),
         ([*tiny, "--image_aspect_ratio", "wide"], "image_aspect_ratio 'wide': expected pad"),
         ([*tiny, "--max_length", 3], "has an answer and at most 3 tokens"),
         ([*tiny, *frozen], "every learning rate is 0"),
@@ -3122,6 +3142,43 @@ def test_evaluate_scores_first_answers(mixed):
     for n, (kind, right, given, W) in enumerate(train.answers(model, rows, "some")):
         assert (kind, right) == fit[n][:2] == (rows.kinds[n], f"A {n}.")
         assert bool(given) == (rows.lengths[n] <= shortest) and (given or W == {})
+
+
+def test_later_turns_pictures_and_frozen_decoders(emoji, tmp_path, monkeypatch):
+    """A picture of a later turn is not asked of yet, what has none has no W, a picture too long to be padded is a row
+    too long, and where nothing that is trained sees a text, its rows move nothing."""
+    Image.new("RGB", (30, 30), "red").save(tmp_path / "a.png")
+    Image.new("RGB", (23_000, 8)).save(tmp_path / "long.png")
+    turn = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "Red."}]
+    records = [{"image": ["a.png", "a.png"], "conversations": turn * 2},
+               {"conversations": conversation("Hello?", "Yes.")["conversations"]},
+               {"image": ["long.png", "a.png"], "conversations": turn * 2}]  # fmt: skip
+    (tmp_path / "chat.json").write_text(json.dumps(records))
+    write_shards(monkeypatch, "llava", tmp_path / "chat.json", "--images", tmp_path, "--tokenizer", emoji,
+                 "--out", tmp_path / "data")
+    data, fields = tmp_path / "data", {"lr_decoder": 0.0, "batch_rows": 2, "batch_tokens": 1, "steps": 2}
+    model = tiny_model(data)
+    rows = train.Rows(data, "train", model.config)
+    assert max(rows.lengths[:2]) < 1000 and rows.lengths[2] > 10**9
+    seen, text, long = train.answers(model, rows, "turns")
+    assert seen[2] and seen[3] and text[2] and not text[3] and long[2:] == ("", {})
+    monkeypatch.setattr(cli, "MAX_PIXELS", 10**9)
+    assert max(train.Rows(data, "train", dataclasses.replace(model.config, newline=False)).lengths) < 1000
+    monkeypatch.undo()
+    train.train(settings(data, tmp_path / "run", **fields))
+    assert len(log_of(tmp_path / "run")) == 2
+
+
+def test_a_model_learns_the_template_of_its_data(emoji, tmp_path):
+    """A decoder that read_layout takes for a LLaMA gets the data's template, and the mark where that ends answers."""
+    train.train(settings(emoji, tmp_path / "base", steps=1))
+    base = cli.CLI.from_pretrained(tmp_path / "base", quiet=True)
+    base.config = dataclasses.replace(base.config, template="vicuna_v1", eos_token_ids=(0,))
+    base.save_pretrained(tmp_path / "base")
+    cfg = settings(emoji, "unused", init_from=str(tmp_path / "base"))
+    model = train.build_model(cfg, train.read_manifest(emoji, "train"))
+    assert model.config.template == "qwen_1_5"
+    assert {*model.config.eos_token_ids} == {0, base.tokenizer.id("<|im_end|>")}
 
 
 def test_evaluate_generates(few, tmp_path):

@@ -109,6 +109,8 @@ class TrainConfig:
                 raise InputError(f"setting {f.name}: got {value!r}, expected {kind.__name__}")
             if kind in (int, float) and not value >= (f.name == "batch_rows"):  # nan neither
                 raise InputError(f"setting {f.name}: got {value}, expected at least {int(f.name == 'batch_rows')}")
+        if self.fusion == "none" and self.fusion_fields:
+            raise InputError("setting fusion_fields: of which fusion? Name its preset with fusion")
         if self.objective not in ("answers", "contrast"):
             raise InputError(f"setting objective: got {self.objective}, expected answers or contrast")
         if self.dtype not in ("auto", "float32", "bfloat16"):
@@ -221,7 +223,10 @@ def flat_stream(items):
 def picture_tokens(config, width, height, several):
     """Visual tokens of a picture of that size, before it is read."""
     size = (width, height)
-    return cli.visual_tokens(cli.Picture(None, size, cli.choose_tiles(size, config, several)), config)
+    try:
+        return cli.visual_tokens(cli.Picture(None, size, cli.choose_tiles(size, config, several)), config)
+    except InputError:
+        return 1 << 40  # too large to be prepared: more than any row may have
 
 
 def micro_batches(rows, order, budget):
@@ -278,12 +283,16 @@ def build_model(cfg, manifest):
             fusion = make_fusion(cfg, base.decoder, base.vision, gate_bias_init=bias)
         model = load(fusion=fusion, dtype="float32", quiet=dist.is_initialized() and dist.get_rank() > 0)
         check_tokenizer(model, cfg.init_from, cfg.data, manifest)
+        if model.config.template != manifest["template"]:  # it learns the one of the data, and where that ends answers
+            end = model.tokenizer.id(cli.TEMPLATES[manifest["template"]][3])
+            stops = tuple({*model.config.eos_token_ids, end})
+            model.config = dataclasses.replace(model.config, template=manifest["template"], eos_token_ids=stops)
         return model
     tokenizer = cli.Tokenizer((Path(cfg.data) / "tokenizer.json").read_text(encoding="utf-8"))
     try:
-        vision = VisionConfig(**cfg.model["vision"])
-        decoder = DecoderConfig(**{**cfg.model["decoder"], "vocab_size": len(tokenizer)})
-    except (KeyError, TypeError) as e:
+        vision = cli.build(VisionConfig, cfg.model["vision"])
+        decoder = cli.build(DecoderConfig, {**cfg.model["decoder"], "vocab_size": len(tokenizer)})
+    except (AttributeError, KeyError, TypeError) as e:
         raise InputError(f"setting model: {e}") from e
     stops = (tokenizer.id("<|im_end|>"), tokenizer.id("<|endoftext|>"))
     config = Config(vision=vision, decoder=decoder, fusion=make_fusion(cfg, decoder, vision), eos_token_ids=stops)
@@ -301,7 +310,9 @@ def make_fusion(cfg, decoder, vision, **defaults):
 
 
 def check_tokenizer(model, source, data, manifest):
-    if model.tokenizer is None or sha256(model.tokenizer.json) != manifest["tokenizer_sha256"]:
+    if model.tokenizer is None:
+        raise InputError(f"{source} has no tokenizer.json: put the one of the decoder's family beside the weights")
+    if sha256(model.tokenizer.json) != manifest["tokenizer_sha256"]:
         raise InputError(f"{data} was made with another tokenizer than {source} has: make the data with "
                          f"--tokenizer {source}")
 
@@ -322,9 +333,9 @@ def shard(model, cfg, device):
     together when it is computed, all the rest at the start of a forward pass: the vision tower too, for a rank whose
     rows have no picture must still take part in every exchange."""
     world = dist.get_world_size() if dist.is_initialized() else 1
-    if world == 1 or cfg.batch_rows % world or cfg.muon or cfg.objective == "contrast":
-        raise InputError("--shard needs several ranks (torchrun), a --batch_rows that they share evenly, no --muon and "
-                         "--objective answers")
+    if world == 1 or cfg.batch_rows % world or cfg.muon or cfg.objective == "contrast" or not cfg.lr_decoder:
+        raise InputError("--shard needs several ranks (torchrun), a --batch_rows that they share evenly, --lr_decoder "
+                         "above 0, no --muon and --objective answers")
     if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
         raise InputError(f"--shard needs a newer PyTorch than {torch.__version__}: pip install -r requirements.txt")
     mesh = init_device_mesh(device.type, (world,))
@@ -439,7 +450,8 @@ def backward(model, batches, total, autocast, objective="answers"):
     loss_sum, gates, fed = 0.0, {}, 0
     for batch in batches:
         loss, _, new = feed(model, batch, autocast, objective)
-        (loss / total).backward()
+        if loss.requires_grad:  # not where only parts are trained that texts without a picture do not reach
+            (loss / total).backward()
         loss_sum += loss.item()
         fed += len(batch["tokens"]) + sum(cli.visual_tokens(p, model.config) - 1 for p in batch["pictures"])
         seen = torch.stack([(t == IMAGE_TOKEN).any() for t in batch["tokens"].split(batch["seqlens"])])
@@ -659,7 +671,8 @@ def first_answer(marks):
 
 def answers(model, rows, name, limit=0):
     """Greedy answers to the first question of `limit` rows (0: all) -> [(kind, right answer, given answer, W)], W:
-    {decoder layer: a weight per level}. Nothing is the answer to what is longer than the model's context."""
+    {decoder layer: a weight per level}, none without a picture. What is longer than the model's context is answered
+    with nothing."""
     out = [None] * min(limit or len(rows), len(rows))
     for chosen in tqdm(micro_batches(rows, range(len(out)), 16384), desc=name, unit="batch"):
         prompts, pictures, asked = [], [], []
@@ -669,12 +682,12 @@ def answers(model, rows, name, limit=0):
             out[i] = (rows.kinds[i], model.tokenizer.decode(tokens[start:end].tolist()).strip(), "", {})
             if rows.lengths[i] - len(tokens[start:]) <= model.config.decoder.max_position_embeddings:
                 prompts.append(tokens[:start].tolist())
-                pictures.append([open_picture(p) for p in data])
+                pictures.append([open_picture(p) for p in data[: prompts[-1].count(IMAGE_TOKEN)]])
                 asked.append(i)
         steps = list(model.generate(prompts, pictures, max_new_tokens=32, repetition_penalty=1.0)) if asked else []
         for b, i in enumerate(asked):
             given = model.tokenizer.decode([step[b] for step in steps]).strip()
-            out[i] = (*out[i][:2], given, {l: w[b].tolist() for l, w in model.gates.items()})
+            out[i] = (*out[i][:2], given, {l: w[b].tolist() for l, w in model.gates.items() if pictures[b]})
     return out
 
 
@@ -812,22 +825,31 @@ def parse(argv):
     if unknown:
         raise unknown_name(f"unknown argument {unknown[0]}", unknown[0].split("=")[0], [f"--{k}" for k in vars(args)])
     given = {name: getattr(args, name) for name in fields if getattr(args, name) is not None}
+    if args.evaluate and (extra := given.keys() - {"data", "device"}):
+        raise InputError(f"--evaluate takes no --{min(extra)}: it scores a model as it is, on all validation splits")
+    if args.blind_model and not args.evaluate:
+        raise InputError("--blind_model goes with --evaluate")
     stages = read_stages(args.config) if args.config else RECIPES[args.recipe]
     base = Path(args.out or f"out/{Path(args.config).stem if args.config else args.recipe}")
-    fused, configs = any("fusion" in stage for stage in stages.values()), {}
+    fused = {name for name, stage in stages.items() if stage.get("fusion", "none") != "none"} or {*stages}
+    configs = {}
     for name, stage in stages.items():
         if wrong := [key for key in stage if key not in fields]:
             raise unknown_name(f"{args.config}: unknown setting {wrong[0]}", wrong[0], fields)
         out = stage["out"] if "out" in stage and not args.out else str(base / name)
         own, new, old = dict(given), given.get("fusion_fields"), stage.get("fusion_fields")
-        if fused and "fusion" not in stage:  # a fusion is not for what others start from, nor for the blind twin
+        if name not in fused:  # a fusion is not for what others start from, nor for the blind twin
             own = {k: v for k, v in given.items() if k not in ("fusion", "fusion_fields")}
         elif isinstance(new, dict) and isinstance(old, dict):
             own["fusion_fields"] = {**old, **new}
+        elif given.get("fusion") == "none" and new is None:
+            own["fusion_fields"] = {}
         cfg = TrainConfig(**{**stage, **own, "out": out})
         if cfg.init_from in configs:  # an earlier stage
             cfg.init_from = configs[cfg.init_from].out
         configs[name] = cfg
+    if len({cfg.out for cfg in configs.values()}) < len(configs):
+        raise InputError(f"{args.config}: two stages have the same out")
     return args, list(configs.values())
 
 
