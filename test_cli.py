@@ -3276,6 +3276,13 @@ def test_fusion_interval():
         covered += low <= 0.5 <= high
         assert low < mean < high
     assert 180 <= covered <= 198
+    covered = 0
+    for trial in range(200):  # three seeds, and next to nothing else that varies
+        found = fusion_report.interval(rng.normal(0.5, 0.05, (3, 1)) + rng.normal(0, 0.01, (3, 50)), np.arange(50), 400)
+        covered += found[1] <= 0.5 <= found[2]
+    assert 180 <= covered <= 198
+    alone = fusion_report.interval(values := rng.random((1, 50)), np.arange(50))
+    assert alone[0] == values.mean() and np.isnan(alone[1:]).all() and fusion_report.percent(alone).count("[") == 0
     values = (np.arange(200) % 40 < 20).astype(float)[None].repeat(3, 0)
     together = fusion_report.interval(values, np.arange(200) % 40)
     apart = fusion_report.interval(values, np.arange(200))
@@ -3395,6 +3402,7 @@ def test_fusion_report_tables():
     assert any("CLI minus SLI" in row and row.endswith("| 2 | too few seeds |") for row in claims)
     needs = [row for row in fusion_report.needs_table(answers, "tuned") if row.startswith("| the background")]
     assert "| 20 | 0.0 [0.0, 0.0] | +100.0 [100.0, 100.0] | +100.0" in needs[0] and "| new ones | 20 |" in needs[1]
+    assert fusion_report.needs_table(answers, "tuned")[0].endswith("| none (one-to-one) (3) | SLI (2) | CLI (3) |")
     kinds = fusion_report.kinds_table(answers, "tuned", "val_seen")
     assert "| name | 20 | 100.0 | 100.0 | 100.0 |" in kinds and fusion_report.main_table(answers, "scratch") == []
 

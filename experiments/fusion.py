@@ -251,14 +251,13 @@ def score(model, rows, chosen, autocast=None):
             with autocast:
                 logits, new = model(tokens, pictures, seqlens, context)
             targets = stream.expand(labels).masked_fill(visual, IGNORE)
-            lens = torch.tensor(stream.seqlens, device=tokens.device)
-            targets[(lens.cumsum(0) - lens)] = IGNORE  # nothing before it to be predicted from
+            targets[stream.ends - stream.lens] = IGNORE  # nothing before it to be predicted from
             at = (targets[1:] != IGNORE).nonzero()[:, 0]
             said, targets = logits[at].float(), targets[at + 1]
             loss += F.cross_entropy(said, targets, reduction="sum").item()
             count += len(at)
-            row = torch.arange(len(lens), device=tokens.device).repeat_interleave(lens)[at + 1]
-            wrong = torch.zeros(len(lens), device=tokens.device).index_add(0, row, (said.argmax(-1) != targets).float())
+            row = torch.arange(len(seqlens), device=tokens.device).repeat_interleave(stream.lens)[at + 1]
+            wrong = torch.zeros(len(seqlens), device=tokens.device).index_add(0, row, (said.argmax(-1) != targets).float())
             where = torch.tensor([place[i] for i in numbers])
             right[where] = (wrong == 0).cpu()
             for l, W in new.items():

@@ -30,7 +30,7 @@ CLAIMS = (  # a claim of the paper, or a control: the first minus the second sho
     ("several levels, gated, help", "cli", "none", 1), ("... even at equal time", "cli", "none_long", 1),
     ("DeepStack hurts", "deepstack", "none", -1), ("SLI is better than DeepStack", "sli", "deepstack", 1),
     ("CLI is better than SLI", "cli", "sli", 1), ("the gate is critical: CLI beats W = 1", "cli", "amp", 1),
-    ("AGF alone beats AMP alone", "agf", "amp", 1), ("AMP alone adds a little", "amp", "none", 1),
+    ("AGF alone beats AMP alone", "agf", "amp", 1), ("AMP alone helps", "amp", "none", 1),
     ("it is the levels, not the parameters", "cli", "cli_final", 1),
     ("CLI beats all levels once at the input", "cli", "input", 1),
     ("depth beats the input, both without gates", "amp", "input", 1),
@@ -41,14 +41,26 @@ CLAIMS = (  # a claim of the paper, or a control: the first minus the second sho
 # Statistics
 
 
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, 1 to 9 degrees of freedom
+
+
 def interval(values, clusters, draws=2000, seed=0):
-    """Mean and 95 % interval of values float[seeds, questions] -> (mean, low, high); bootstrap in which seeds and
-    clusters of questions (int[questions]) are both drawn with replacement."""
+    """Mean and 95 % interval of values float[seeds, questions] -> (mean, low, high), nan for the latter two from one
+    seed; bootstrap in which seeds and clusters of questions (int[questions]) are both drawn with replacement.
+
+    Draws of few seeds hardly leave their range (of three, such an interval would hold the mean in 74 of 100 cases):
+    what sets a seed apart is stretched first, by what Student's t is wider than the normal distribution and by
+    sqrt(S / (S - 1)).
+    """
     values, (_, index) = np.asarray(values, dtype=float), np.unique(clusters, return_inverse=True)
     S, C = len(values), index.max() + 1
+    if S == 1:
+        return values.mean(), np.nan, np.nan
+    stretch = T_975[min(S, 10) - 2] / 1.96 * np.sqrt(S / (S - 1))
+    apart = values.mean(1, keepdims=True) - values.mean()
     sums, sizes = np.zeros((S, C)), np.bincount(index, minlength=C)
-    for s in range(S):
-        sums[s] = np.bincount(index, values[s], C)
+    for s, row in enumerate(values + (stretch - 1) * apart):
+        sums[s] = np.bincount(index, row, C)
     rng = np.random.default_rng(seed)
     of_seed, of_cluster = (rng.multinomial(n, np.full(n, 1 / n), draws) for n in (S, C))
     means = ((of_seed @ sums) * of_cluster).sum(1) / (S * of_cluster @ sizes)
@@ -78,11 +90,14 @@ class Answers:
     def accuracy(self, key, where=slice(None)):
         return interval(self.right(key)[:, where], self.concepts[where])
 
+    def paired(self, key, other):
+        """One minus the other, same seeds, same questions -> float[seeds, questions], or None without a common seed."""
+        if seeds := sorted(self.runs.get(key, {}).keys() & self.runs.get(other, {}).keys()):
+            return self.right(key, seeds) - self.right(other, seeds)
+
     def difference(self, key, other, where=slice(None)):
-        """Paired: same seeds, same questions; None without a common seed."""
-        seeds = sorted(self.runs.get(key, {}).keys() & self.runs.get(other, {}).keys())
-        if seeds:
-            return interval((self.right(key, seeds) - self.right(other, seeds))[:, where], self.concepts[where])
+        found = self.paired(key, other)
+        return None if found is None else interval(found[:, where], self.concepts[where])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -93,7 +108,17 @@ def percent(found, sign=False):
     if not found:
         return ""
     mean, low, high = (100 * x for x in found)
-    return f"{mean:{'+' if sign else ''}.1f} [{low:.1f}, {high:.1f}]"
+    return f"{mean:{'+' if sign else ''}.1f}" + ("" if np.isnan(low) else f" [{low:.1f}, {high:.1f}]")
+
+
+def by_seed(differences):
+    """float[seeds, questions] or None -> each seed's mean, in points"""
+    return "" if differences is None else " / ".join(f"{100 * x:+.1f}" for x in differences.mean(1))
+
+
+def titles(answers, regime, names):
+    """Columns of variants that may have unequal numbers of seeds."""
+    return [f"{VARIANTS[v][0]} ({len(answers.runs[regime, v])})" for v in names]
 
 
 def main_table(answers, regime):
@@ -122,7 +147,7 @@ def needs_table(answers, regime):
             if where.any():
                 beside = (percent(answers.difference((regime, v), (regime, "none"), where), True) for v in names)
                 rows.append([need, seen, where.sum(), percent(answers.accuracy((regime, "none"), where)), *beside])
-    return markdown(["a question about", "of", "questions", *(VARIANTS[v][0] for v in ("none", *names))], rows)
+    return markdown(["a question about", "of", "questions", *titles(answers, regime, ["none", *names])], rows)
 
 
 def probe_table(found):
@@ -142,14 +167,14 @@ def kinds_table(answers, regime, split):
     for kind in [*dict.fromkeys(answers.kinds[answers.splits == split]), "all"]:
         where = (answers.splits == split) & ((answers.kinds == kind) | (kind == "all"))
         rows.append([kind, where.sum(), *(f"{100 * answers.right((regime, v))[:, where].mean():.1f}" for v in names)])
-    return markdown([split, "questions", *(VARIANTS[v][0] for v in names)], rows if names else [])
+    return markdown([split, "questions", *titles(answers, regime, names)], rows if names else [])
 
 
 def claims_table(answers, regime):
     rows = []
     for claim, first, second, sign in CLAIMS:
         if found := answers.difference((regime, first), (regime, second)):
-            seeds = len(answers.runs[regime, first].keys() & answers.runs[regime, second].keys())
+            seeds = len(answers.paired((regime, first), (regime, second)))
             clear = found[1] > 0 or found[2] < 0
             verdict = ("holds" if found[0] * sign > 0 else "the opposite") if clear else "not to be told"
             rows.append([claim, f"{VARIANTS[first][0]} minus {VARIANTS[second][0]}", percent(found, True), seeds,
@@ -171,16 +196,16 @@ def gates_table(answers, regime):
 
 
 def interventions_of(answers, variant):
-    """-> {what was done to W: difference to the model as trained, low, high}"""
+    """-> {what was done to W: differences to the model as trained, float[seeds, questions]}"""
     runs = list(answers.runs.get(("tuned", variant), {}).values())
-    return {name: interval([answers.of(r, r["interventions"][name]) - answers.of(r) for r in runs], answers.concepts)
+    return {name: np.stack([answers.of(r, r["interventions"][name]) - answers.of(r) for r in runs])
             for name in (runs[0]["interventions"] if runs else ())}  # fmt: skip
 
 
 def interventions_table(answers):
-    rows = [[VARIANTS[v][0], name, percent(found, True)] for v in INTERVENED
-            for name, found in interventions_of(answers, v).items()]  # fmt: skip
-    return markdown(["variant", "W at inference", "points of accuracy"], rows)
+    rows = [[VARIANTS[v][0], name, percent(interval(found, answers.concepts), True), by_seed(found)]
+            for v in INTERVENED for name, found in interventions_of(answers, v).items()]  # fmt: skip
+    return markdown(["variant", "W at inference", "points of accuracy", "each seed"], rows)
 
 
 def sweeps_table(answers):
@@ -198,10 +223,11 @@ def sweeps_table(answers):
                      for l in runs[0]["gates"]}  # fmt: skip
                 rows.append([topic, usual, label, percent(answers.accuracy(key)),
                              percent(answers.difference(key, ("tuned", "cli")), True),
+                             by_seed(answers.paired(key, ("tuned", "cli"))),
                              f"{np.mean([r['curve'][-1]['loss'] for r in runs]):.3f}", dev,
                              ", ".join(f"{l}: {mean:.2f} ({sd:.2f})" for l, (mean, sd) in W.items()), len(runs)])
-    return markdown(["choice", "in the main table", "here", "accuracy %", "minus CLI", "training loss", "dev loss",
-                     "mean W of decoder layers (spread over questions)", "seeds"], rows)  # fmt: skip
+    return markdown(["choice", "in the main table", "here", "accuracy %", "minus CLI", "each seed", "training loss",
+                     "dev loss", "mean W of decoder layers (spread over questions)", "seeds"], rows)  # fmt: skip
 
 
 def figures(args, answers):
@@ -256,7 +282,9 @@ def figures(args, answers):
         fig.colorbar(image, ax=axes, label="mean W")
         save(f"gates_{variant}", fig)
         fig, ax = plt.subplots(figsize=(7, 3))
-        bars(ax, interventions_of(answers, variant), "points of accuracy against the gates as trained")
+        changed = interventions_of(answers, variant)
+        bars(ax, {name: interval(found, answers.concepts) for name, found in changed.items()},
+             "points of accuracy against the gates as trained")
         ax.axvline(0, color="gray", linewidth=0.8)
         save(f"interventions_{variant}", fig)
     return drawn
@@ -268,8 +296,9 @@ def sentences(answers):
     interim = f"**Interim: {done} of {whole} runs.** " if done < whole else ""
 
     def said(a, b):
-        found = answers.difference(("tuned", a), ("tuned", b))
-        return percent(found, True) + " points" if found else "not run yet"
+        if found := answers.difference(("tuned", a), ("tuned", b)):
+            return f"{percent(found, True)} points (seeds: {len(answers.paired(('tuned', a), ('tuned', b)))})"
+        return "not run yet"
 
     seeds = "; ".join(f"{VARIANTS[v][0]} " + ", ".join(f"{100 * x:.1f}" for x in answers.right(("tuned", v)).mean(1))
                       for v in ("sli", "amp", "cli", "cli_norm") if ("tuned", v) in answers.runs)  # fmt: skip
@@ -304,9 +333,11 @@ def report(args):
             continue
         lines += [*(pictures(args.page, main=caption) if regime == "tuned" else []),
                   "The paper's claims, and controls of our own:", "", *shown(claims_table(answers, regime)),
-                  "Points of accuracy against one-to-one, by what a question is about:", "",
+                  "Points of accuracy against one-to-one, by what a question is about (in brackets the seeds; every "
+                  "difference is one of equal seeds):", "",
                   *shown(needs_table(answers, regime)),
-                  "Accuracy in % by kind of question:", ""]  # fmt: skip
+                  "Accuracy in % by kind of question, means over a variant's own seeds (in brackets: how many; columns "
+                  "of unequal seeds do not compare):", ""]  # fmt: skip
         for table in filter(None, (kinds_table(answers, regime, split) for split in answers.questions)):
             lines += shown(table)
         lines += ["What the gates let in (means over seeds and, as a gate may be open in one seed and shut in another, "

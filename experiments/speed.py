@@ -7,7 +7,8 @@
 Needs transformers. Each round starts four processes in turn: the machine's limits, cli.py
 without fusion, transformers, cli.py with a fresh `cli` fusion; so noise meets all of them, and peak memory is each
 one's own. A process takes medians of its repeats, the table medians of the rounds. transformers runs with SDPA and,
-figure by figure, with its dynamic or its static cache, whichever was faster. Both sides go through generate(), greedy.
+figure by figure, with its dynamic or its static cache, whichever was faster (the large picture, cold start and memory:
+the dynamic one). Both sides go through generate(), greedy.
 
 The picture is of 384 x 384 pixels, two crops, 1,485 visual tokens, with 30 tokens of text; its crops are prepared
 beforehand. Decoding at 7,000 tokens and in batches (of unequal lengths, the longest 1,500) runs on caches that were
