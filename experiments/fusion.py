@@ -257,7 +257,8 @@ def score(model, rows, chosen, autocast=None):
             loss += F.cross_entropy(said, targets, reduction="sum").item()
             count += len(at)
             row = torch.arange(len(seqlens), device=tokens.device).repeat_interleave(stream.lens)[at + 1]
-            wrong = torch.zeros(len(seqlens), device=tokens.device).index_add(0, row, (said.argmax(-1) != targets).float())
+            missed = (said.argmax(-1) != targets).float()
+            wrong = torch.zeros(len(seqlens), device=tokens.device).index_add(0, row, missed)
             where = torch.tensor([place[i] for i in numbers])
             right[where] = (wrong == 0).cpu()
             for l, W in new.items():
