@@ -7,7 +7,7 @@
     python sample.py --batch questions.jsonl --out answers.jsonl   lines {"prompt": ..., "image": path or list of paths}
 
 Text goes to standard output as it is decoded, everything else to standard error. A batch's paths start at its file's
-folder; one that was stopped goes on where it was when the same command is given again.
+folder; one that was stopped goes on where it was when the same command is given again, and what failed is tried again.
 """
 import argparse
 import json
