@@ -3054,7 +3054,7 @@ def test_data_made_anew_is_noticed(few, emoji, tmp_path, monkeypatch):
     manifest = json.loads((tmp_path / "data/manifest.json").read_text())
     (tmp_path / "data/manifest.json").write_text(json.dumps({**manifest, "tokenizer_sha256": "other"}))
     with pytest.raises(cli.InputError, match="was made with another tokenizer"):
-        train.train(settings(tmp_path / "data", tmp_path / "more", init_from=str(tmp_path / "run"), fusion="none"))
+        train.train(settings(tmp_path / "data", tmp_path / "more", init_from=str(tmp_path / "run")))
 
 
 def test_a_stage_notices_that_an_earlier_one_changed(few, tmp_path):
