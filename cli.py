@@ -56,6 +56,9 @@ try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:
     varlen_attn = None
+# cuDNN's attention plans anew for every length, so for every token decoded, and is wrong for Qwen2's grouped heads on
+# some GPUs (PyTorch issue 193893).
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 IMAGE_TOKEN = -200  # stands in a prompt where a picture goes; LLaVA's number
 IGNORE = -100  # label of a position that is not supervised
@@ -291,6 +294,11 @@ def attention(q, k, v, causal=False):
     T = q.shape[2]
     blocks_pay = T <= 1024 if torch.is_grad_enabled() else q.dtype == torch.bfloat16
     if q.device.type != "cpu" or not blocks_pay or q.dtype == torch.bfloat16 and not CPU_BFLOAT16:
+        if causal and q.device.type == "mps":  # is_causal leaks in float16 before PyTorch 2.13 (its issue 195910)
+            mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
+            return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=q.shape[1] != k.shape[1])
+        if q.is_cuda and q.dtype == torch.float32:  # with grouped heads its only kernel would make all T x T scores
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
     # On a CPU spelled out, 128 queries at a time, whose scores stay in the processor's cache: where that was measured,
     # the fused kernel's forward pass in bfloat16 took twice as long, its backward pass in float32 up to seven times.
@@ -305,21 +313,28 @@ def attention(q, k, v, causal=False):
     return torch.cat(blocks, 3).flatten(1, 2)
 
 
+def put(numbers, device, dtype=torch.long):
+    """A list of numbers as a tensor on a device, without waiting for what the device has to do before."""
+    return torch.tensor(numbers, dtype=dtype).to(device, non_blocking=True)
+
+
 def by_sequence(x, seqlens):
     """A flat stream (T, ...) -> (B, M, ...): each sequence in a row of its own, zeros behind it."""
     if len(seqlens) == 1:
         return x[None]
-    valid = torch.arange(max(seqlens), device=x.device) < torch.tensor(seqlens, device=x.device)[:, None]
-    out = x.new_zeros(*valid.shape, *x.shape[1:])
-    out[valid] = x
+    lens = put(seqlens, x.device)
+    row = torch.arange(len(seqlens), device=x.device).repeat_interleave(lens, output_size=len(x))
+    column = torch.arange(len(x), device=x.device) - (lens.cumsum(0) - lens)[row]
+    out = x.new_zeros(len(seqlens), max(seqlens), *x.shape[1:])
+    out[row, column] = x
     return out
 
 
 def attend(q, k, v, seqlens):
     """Causal attention, every sequence of the flat stream alone: q (T, H, hd), k and v (T, K, hd) -> (T, H, hd)."""
     flash = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and torch.cuda.get_device_capability()[0] >= 8
-    if flash and (flash_attn_varlen_func or varlen_attn):
-        ends = F.pad(torch.tensor(seqlens, device=q.device).cumsum(0, dtype=torch.int32), (1, 0))
+    if flash and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256 and (flash_attn_varlen_func or varlen_attn):
+        ends = put([0, *itertools.accumulate(seqlens)], q.device, torch.int32)
         if flash_attn_varlen_func:
             return flash_attn_varlen_func(q, k, v, ends, ends, max(seqlens), max(seqlens), causal=True)
         return varlen_attn(q, k, v, ends, ends, max(seqlens), max(seqlens), window_size=(-1, 0), enable_gqa=True)
@@ -345,7 +360,7 @@ class KVCache:
         """As attend() above, behind what is cached of each sequence; writes k and v, but leaves `lengths` alone."""
         keys, values = self.k[layer], self.v[layer]  # (B, K, length, hd)
         if max(seqlens) == 1:  # one new token each: all sequences at once
-            rows, ends = torch.arange(len(seqlens), device=q.device), torch.tensor(self.lengths, device=q.device)
+            rows, ends = torch.arange(len(seqlens), device=q.device), put(self.lengths, q.device)
             keys[rows, :, ends], values[rows, :, ends] = k, v
             longest = max(self.lengths) + 1
             mask = None
@@ -737,7 +752,8 @@ class CLI(nn.Module):
             W = h.new_ones(len(stream.seqlens), 1)
             if str(l) in self.agf:
                 W = self.agf[str(l)](v, h if self.config.fusion.agf_order == "sequential" else before, stream)
-            h = h + W.repeat_interleave(stream.lens, 0) * v  # eq. 9: v is zero at text positions
+            # Eq. 9: v is zero at text positions. W in float32, in which the backward pass sums over the tokens.
+            h = h + W.float().repeat_interleave(stream.lens, 0, output_size=len(h)).to(v.dtype) * v
             weights.append(W.detach().float().mean(-1))
         gates[l] = torch.stack(weights, -1)  # (B, levels)
         return h
@@ -844,7 +860,7 @@ class CLI(nn.Module):
             if step + 1 == max_new_tokens or all(done):
                 return
             cache.lengths = [n - d for n, d in zip(cache.lengths, done)]  # what is over writes its last place again
-            logits, _ = self(ids, seqlens=[1] * len(prompts), cache=cache, select="last")
+            logits = self.head(self.decoder(self.decoder.embed_tokens(ids), [1] * len(prompts), cache))
 
     # ------------------------------------------------------------------------------------------------ weights
 

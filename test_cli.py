@@ -2890,8 +2890,12 @@ def test_two_ranks_give_what_one_gives(few, tmp_path, monkeypatch):
 def test_sharded_ranks_give_what_one_gives(mixed, tmp_path, monkeypatch):
     """Two processes that share out the weights (FSDP): losses, norms and final weights of one process, with rows that
     have no picture, frozen parts and shares of unequal length; and going on from a checkpoint gives the same again."""
-    fields = dict(batch_rows=4, batch_tokens=300, lr_vision=0.0, checkpointing=True, save_minutes=0.0)
-    base = dataclasses.asdict(settings(mixed / "answer", "unused", **fields))
+    fields = dict(batch_rows=4, batch_tokens=300, lr_vision=0.0, checkpointing=True, save_minutes=0.0, eval_every=1)
+    shutil.copytree(mixed / "answer", tmp_path / "data")
+    manifest = cli.read_json(tmp_path / "data/manifest.json")
+    manifest["splits"]["dev"] = manifest["splits"]["train"]
+    (tmp_path / "data/manifest.json").write_text(json.dumps(manifest))
+    base = dataclasses.asdict(settings(tmp_path / "data", "unused", **fields))
     write_whole, saved = cli.write_whole, {}
 
     def spy(path, write):
@@ -2927,6 +2931,7 @@ def test_sharded_ranks_give_what_one_gives(mixed, tmp_path, monkeypatch):
     (tmp_path / "two/state.pt").write_bytes(saved[1])
     check(run("two", 2, shard=True), one)
     assert len(saved) == 4  # of step 3 alone: the steps before were not run again
+    check(run("unsaved", 2, shard=True, save_minutes=9.0), one)  # an evaluation leaves whole weights behind, a save not
 
     rows, cfg = train.Rows(mixed / "answer", "train", tiny_model(mixed / "answer").config), settings("", "", **fields)
     order, counts = [0, 1, 2, 3, 4, 5], set()

@@ -15,6 +15,7 @@ losses to the last bit. Its folder: state.pt (weights, optimiser, position), log
 import argparse
 import atexit
 import dataclasses
+import datetime
 import difflib
 import functools
 import hashlib
@@ -481,7 +482,8 @@ def take_step(model, optimizers, batches, total, step, steps, cfg, autocast):
     rate = schedule(step - 1, steps, cfg.warmup)
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["lr"] = group["peak"] * rate * (step > group["start"] * steps)
-    model.zero_grad(set_to_none=True)
+    for optimizer in optimizers:  # the model's own would miss the shares: after an evaluation FSDP shows whole weights
+        optimizer.zero_grad(set_to_none=True)
     loss, gates, fed = backward(model, batches, total, autocast, cfg.objective)
     loss = sum_over_ranks(model, loss) / total
     norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], cfg.clip or math.inf)
@@ -522,7 +524,7 @@ def earlier_run(out, settings):
     facts, state = cli.read_json(out / "train.json", {}), {}
     try:
         if not facts and (out / "state.pt").exists():
-            state = torch.load(out / "state.pt", map_location="cpu", weights_only=True)
+            state = torch.load(out / "state.pt", map_location="cpu", weights_only=True, mmap=True)
         before = (facts or state or {"config": {}})["config"]
     except Exception as e:  # pickle and zip each have errors of their own
         raise InputError(f"{out}: its checkpoint is damaged, delete it: {cli.first_line(e)}") from e
@@ -547,7 +549,8 @@ def train(cfg):
     if dist.is_initialized() and device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     dtype, why_dtype = training_dtype(cfg.dtype, device)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    # Sharded weights are there for one layer at a time: their copies in bfloat16 must not stay either.
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=not cfg.shard)
 
     torch.manual_seed(cfg.seed)
     model = build_model(cfg, manifest)
@@ -580,6 +583,7 @@ def train(cfg):
         set_state_dict(model, optimizers, model_state_dict=state["model"], optim_state_dict=state["optimizers"],
                        options=StateDictOptions(full_state_dict=True))
         start, seconds = state["step"], state["seconds"]
+        state = None  # of 7B it takes 94 GiB
         say(f"going on after step {start}")
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -896,7 +900,8 @@ def main():
         cuda = torch.cuda.is_available() and configs[0].device in ("auto", "cuda")
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if cuda else "gloo")
+        wait = datetime.timedelta(hours=2)  # while rank 0 writes a checkpoint, of 7B some 100 GB
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=wait)
     began = time.time()
     try:
         for cfg in configs:

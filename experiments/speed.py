@@ -101,8 +101,8 @@ def timed(f, device, repeats=3):
 
 
 def now(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    if device.type in ("cuda", "mps"):
+        getattr(torch, device.type).synchronize()
     return time.perf_counter()
 
 
@@ -211,7 +211,7 @@ def compare_attention(model, tokens, image, device):
     flash, varlen = here = cli.flash_attn_varlen_func, cli.varlen_attn
     result, reference = {}, None
     for name, way in {"sdpa": (None, None), "varlen_attn": (None, varlen), "flash_attn": (flash, None)}.items():
-        if name != "sdpa" and not any(way):
+        if name != "sdpa" and (not any(way) or model.dtype == torch.float32):
             continue
         cli.flash_attn_varlen_func, cli.varlen_attn = way
         logits = model(tokens, [image], select="last")[0].float()
@@ -228,6 +228,7 @@ def measure_transformers(args, device, dtype):
 
     _ = transformers.Qwen2Model, transformers.SiglipVisionModel  # so that their import is no part of loading
 
+    torch.backends.cuda.enable_cudnn_sdp(True)  # as they have it; cli.py turns it off
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     start = now(device)
