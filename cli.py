@@ -314,8 +314,8 @@ def attention(q, k, v, causal=False):
 
 
 def put(numbers, device, dtype=torch.long):
-    """A list of numbers as a tensor on a device, without waiting for what the device has to do before."""
-    return torch.tensor(numbers, dtype=dtype).to(device, non_blocking=True)
+    """A list of numbers as a tensor on a device, on CUDA without waiting for what the device has to do before."""
+    return torch.tensor(numbers, dtype=dtype).to(device, non_blocking=device.type == "cuda")
 
 
 def by_sequence(x, seqlens):
