@@ -294,12 +294,12 @@ def attention(q, k, v, causal=False):
     T = q.shape[2]
     blocks_pay = T <= 1024 if torch.is_grad_enabled() else q.dtype == torch.bfloat16
     if q.device.type != "cpu" or not blocks_pay or q.dtype == torch.bfloat16 and not CPU_BFLOAT16:
+        mask = None
         if causal and q.device.type == "mps":  # is_causal leaks in float16 before PyTorch 2.13 (its issue 195910)
-            mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
-            return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=q.shape[1] != k.shape[1])
+            mask, causal = torch.ones(T, T, dtype=torch.bool, device=q.device).tril(), False
         if q.is_cuda and q.dtype == torch.float32:  # with grouped heads its only kernel would make all T x T scores
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
     # On a CPU spelled out, 128 queries at a time, whose scores stay in the processor's cache: where that was measured,
     # the fused kernel's forward pass in bfloat16 took twice as long, its backward pass in float32 up to seven times.
     q, k, v, blocks = q / math.sqrt(q.shape[-1]), k.contiguous(), v.contiguous(), []

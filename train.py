@@ -835,19 +835,18 @@ def parse(argv):
         raise InputError("--blind_model goes with --evaluate")
     stages = read_stages(args.config) if args.config else RECIPES[args.recipe]
     base = Path(args.out or f"out/{Path(args.config).stem if args.config else args.recipe}")
+    # A fusion is for the stages that have one, not for what others start from, nor for the blind twin.
+    fusion = {key: given.pop(key) for key in ("fusion", "fusion_fields") if key in given}
     fused = {name for name, stage in stages.items() if stage.get("fusion", "none") != "none"} or {*stages}
     configs = {}
     for name, stage in stages.items():
         if wrong := [key for key in stage if key not in fields]:
             raise unknown_name(f"{args.config}: unknown setting {wrong[0]}", wrong[0], fields)
         out = stage["out"] if "out" in stage and not args.out else str(base / name)
-        own, new, old = dict(given), given.get("fusion_fields"), stage.get("fusion_fields")
-        if name not in fused:  # a fusion is not for what others start from, nor for the blind twin
-            own = {k: v for k, v in given.items() if k not in ("fusion", "fusion_fields")}
-        elif isinstance(new, dict) and isinstance(old, dict):
-            own["fusion_fields"] = {**old, **new}
-        elif given.get("fusion") == "none" and new is None:
-            own["fusion_fields"] = {}
+        own = {**given, **(fusion if name in fused else {})}
+        new, old = own.get("fusion_fields", {}), stage.get("fusion_fields", {})
+        if isinstance(new, dict) and isinstance(old, dict):
+            own["fusion_fields"] = new if own.get("fusion") == "none" else {**old, **new}
         cfg = TrainConfig(**{**stage, **own, "out": out})
         if cfg.init_from in configs:  # an earlier stage
             cfg.init_from = configs[cfg.init_from].out
