@@ -472,7 +472,7 @@ def onevision_command(args) -> None:
     build(args, source, tokenizer_json, counts, kinds, rows_of, onevision_row)
 
 
-def main() -> None:
+def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -510,7 +510,7 @@ def main() -> None:
     add("--group", action="append", choices=list(GROUPS), help="only this group; may be repeated")
     add("--samples", type=int, help="rows in all, shared out over the groups (default: every row)")
     add("--from", type=Path, dest="source", metavar="DIR", help="a local copy: DIR/SUBSET/*.parquet")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     numbers = {name: value for name, value in vars(args).items() if isinstance(value, int) and name != "seed"}
     if args.shard_rows < 1 or min(numbers.values()) < 0:
         raise InputError("numbers of rows cannot be negative, and a shard has at least one")
