@@ -62,7 +62,7 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 
 IMAGE_TOKEN = -200  # stands in a prompt where a picture goes; LLaVA's number
 IGNORE = -100  # label of a position that is not supervised
-NEARLY_SHUT = -4.0  # a fresh gate's bias on a trained one-to-one base, which is to start as it was: W = 0.018
+NEARLY_SHUT = -4.0  # a fresh gate's bias on a trained one-to-one base, which is to start near what it was: W = 0.018
 MAX_PIXELS = 128_000_000  # a larger picture is refused before it is decoded (decompression bombs)
 CPU_BFLOAT16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # instructions for it
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -2854,6 +2854,18 @@ def test_interrupted_run_resumes_bitwise(few, tmp_path, monkeypatch):
     assert len(calls) == 11
 
 
+@pytest.mark.parametrize("aspect, canvases", [("", 1), ("anyres_max_9", 36)])
+def test_another_cut_has_all_canvases(few, tmp_path, aspect, canvases):
+    """--image_aspect_ratio brings all canvases along, as the original's flags do, also where a base has few."""
+    base = tiny_model(few, fusion="none", fusion_fields={})
+    S = base.config.vision.image_size
+    base.config = dataclasses.replace(base.config, image_aspect_ratio="anyres", grid_pinpoints=((S, 2 * S),))
+    base.save_pretrained(tmp_path / "base")
+    train.train(settings(few, tmp_path / "run", init_from=str(tmp_path / "base"), image_aspect_ratio=aspect, steps=1))
+    config = cli.read_json(tmp_path / "run/config.json")
+    assert len(config["grid_pinpoints"]) == canvases and config["image_aspect_ratio"] == (aspect or "anyres")
+
+
 def test_two_ranks_give_what_one_gives(few, tmp_path, monkeypatch):
     """Two processes with gloo: losses, gradients and gradient norms of one; two stages, the second from the first."""
     stages = [{"fusion": "none", "fusion_fields": {}, "image_aspect_ratio": "pad"},

@@ -77,7 +77,7 @@ class TrainConfig:
     model: dict = setting(NANO, "sizes of a fresh model: JSON with VisionConfig's and DecoderConfig's fields")
     fusion: str = setting("none", f"preset: {', '.join(cli.PRESETS)}; none: what init_from has")
     fusion_fields: dict = setting({}, "JSON with decoder_layers, vision_levels and other fields of FusionConfig")
-    image_aspect_ratio: str = setting("", "how pictures are cut: pad, anyres or anyres_max_N; empty: as init_from does")
+    image_aspect_ratio: str = setting("", "pad, anyres or anyres_max_N (1x1 to 6x6 tiles); empty: as init_from has it")
     objective: str = setting("answers", "answers: predict them; contrast: tell which answers go with which picture")
     blind: bool = setting(False, "leave the pictures out: the baseline that every accuracy is compared with")
     steps: int = setting(0, "optimiser steps; 0: as many as the epochs take")
@@ -137,7 +137,7 @@ def recipe_nano(quick=False):
                         batch_tokens=32768, lr_vision=2e-3),
         "pretrain": stage(900, 120, "pretrain", init_from="encode", image_aspect_ratio="anyres_max_9",
                           lr_decoder=2e-3),
-        # The gates wait: while the early levels are of no use yet, all they learn is to shut, and they stay shut.
+        # The gates wait: in early runs they shut while the early levels were of no use yet, and stayed shut.
         "tune": stage(1300, 120, "train", init_from="pretrain", fusion="cli", fusion_fields=NANO_FUSION,
                       gate_start=0.3, lr_vision=0.0, eval_every=250),
         "blind": stage(500, 120, "train", blind=True, eval_every=250),
@@ -556,7 +556,7 @@ def train(cfg):
     model = build_model(cfg, manifest)
     shard(model, cfg, device) if cfg.shard else model.to(device)
     if cfg.image_aspect_ratio:
-        model.config = dataclasses.replace(model.config, image_aspect_ratio=cfg.image_aspect_ratio)
+        model.config = dataclasses.replace(model.config, image_aspect_ratio=cfg.image_aspect_ratio, grid_pinpoints=())
     model.vision.checkpointing = model.decoder.checkpointing = cfg.checkpointing
     longest = min(cfg.max_length, model.config.decoder.max_position_embeddings)
 

@@ -29,7 +29,8 @@ SEEN = {"known drawings": ("val_seen", "val_scene"), "new ones": ("val_concept",
 CLAIMS = (  # a claim of the paper, or a control: the first minus the second should have this sign
     ("several levels, gated, help", "cli", "none", 1), ("... even at equal time", "cli", "none_long", 1),
     ("DeepStack hurts", "deepstack", "none", -1), ("SLI is better than DeepStack", "sli", "deepstack", 1),
-    ("CLI is better than SLI", "cli", "sli", 1), ("the gate is critical: CLI beats W = 1", "cli", "amp", 1),
+    ("SLI does not help by itself", "sli", "none", -1), ("CLI is better than SLI", "cli", "sli", 1),
+    ("the gate is critical: CLI beats W = 1", "cli", "amp", 1),
     ("AGF alone beats AMP alone", "agf", "amp", 1), ("AMP alone helps", "amp", "none", 1),
     ("it is the levels, not the parameters", "cli", "cli_final", 1),
     ("CLI beats all levels once at the input", "cli", "input", 1),
@@ -225,7 +226,8 @@ def sweeps_table(answers):
                              percent(answers.difference(key, ("tuned", "cli")), True),
                              by_seed(answers.paired(key, ("tuned", "cli"))),
                              f"{np.mean([r['curve'][-1]['loss'] for r in runs]):.3f}", dev,
-                             ", ".join(f"{l}: {mean:.2f} ({sd:.2f})" for l, (mean, sd) in W.items()), len(runs)])
+                             ", ".join(f"{l}: {mean:.2f} ({sd:.2f})" for l, (mean, sd) in W.items()),
+                             ", ".join(map(str, sorted(answers.runs[key])))])
     return markdown(["choice", "in the main table", "here", "accuracy %", "minus CLI", "each seed", "training loss",
                      "dev loss", "mean W of decoder layers (spread over questions)", "seeds"], rows)  # fmt: skip
 

@@ -1,7 +1,8 @@
 """The emoji corpus: real drawings of the same concepts by several artists, and questions about them.
 
-Captions cannot tell the artists apart, so a vision encoder that learns to name things forgets in its last level who
-drew them, which earlier levels still know: the bottleneck that Cross-Layer Injection is about, small enough for a CPU.
+Names tell neither the artist nor the background, so a vision encoder that learns to name things has little of either
+in its last level; early levels are full of the background: the bottleneck that Cross-Layer Injection is about, small
+enough for a CPU (how much of what each level holds: experiments/fusion.md).
 
 open_picture() draws a row's picture; emoji_row() makes row n of a split; part_of() and colours_of() are the split rule.
 The drawings lie beside this file (experiments/build_emoji.py made them), prepare_data.py writes the shards.
