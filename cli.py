@@ -24,6 +24,7 @@ heads, hd head size. Sequences lie end to end in one flat stream (T, D) without 
     prompt, _ = encode_chat(model.tokenizer, model.config.template, [("user", user_content("What is this?", 1))])
     for step in model.generate([prompt], [[load_image("cat.png")]]): print(model.tokenizer.decode(step), end="")
 """
+import argparse
 import contextlib
 import dataclasses
 import functools
@@ -35,7 +36,7 @@ import os
 import re
 import sys
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -46,16 +47,13 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 try:
     from flash_attn import flash_attn_varlen_func
 except ImportError:
     flash_attn_varlen_func = None
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:
-    varlen_attn = None
 # cuDNN's attention plans anew for every length, so for every token decoded, and is wrong for Qwen2's grouped heads on
 # some GPUs (PyTorch issue 193893).
 torch.backends.cuda.enable_cudnn_sdp(False)
@@ -75,7 +73,7 @@ class InputError(ValueError):
 
 def first_line(e):
     """What another's exception says, in one line; its kind, if it says nothing."""
-    return (str(e).strip() or type(e).__name__).splitlines()[0]
+    return (getattr(e, "strerror", None) or str(e).strip() or type(e).__name__).splitlines()[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -175,9 +173,9 @@ class FusionConfig:
 class Config:
     """The whole model. Vision None is a text model."""
 
-    vision: VisionConfig | None = field(default_factory=VisionConfig)
-    decoder: DecoderConfig = field(default_factory=DecoderConfig)
-    fusion: FusionConfig = field(default_factory=FusionConfig)
+    vision: VisionConfig | None = VisionConfig()
+    decoder: DecoderConfig = DecoderConfig()
+    fusion: FusionConfig = FusionConfig()
     image_aspect_ratio: str = "anyres_max_9"  # tokens of about 9 crops at most | "anyres": of any number | "pad": one
     grid_pinpoints: tuple = ()  # canvases (w, h) that anyres may choose from; empty = all from 1x1 to 6x6 crops
     newline: bool = True  # LLaVA-OneVision ends every row of tiles with a learned vector; LLaVA-1.5 has none
@@ -186,23 +184,25 @@ class Config:
     repetition_penalty: float = 1.0  # default of generate(); LLaVA-OneVision's own checkpoints ship 1.1 and 1.05
 
     def __post_init__(self):
-        if not re.fullmatch(r"pad|anyres(_max_\d+)?", self.image_aspect_ratio):
+        v, d = self.vision, self.decoder
+        if not re.fullmatch(r"pad|anyres(_max_[1-9]\d*)?", self.image_aspect_ratio):
             raise InputError(f"image_aspect_ratio {self.image_aspect_ratio!r}: expected pad, anyres or anyres_max_N")
         if self.template not in TEMPLATES:
             raise InputError(f"template {self.template!r}: expected one of {', '.join(TEMPLATES)}")
-        if self.vision:
-            S = self.vision.image_size
+        if v:
+            if v.kind not in ("siglip", "clip"):
+                raise InputError(f"vision field kind={v.kind!r}: expected siglip or clip")
+            S = v.image_size
             canvases = self.grid_pinpoints or tuple((w * S, h * S) for w in range(1, 7) for h in range(1, 7))
             object.__setattr__(self, "grid_pinpoints", canvases)
             if any(len(canvas) != 2 or min(canvas) < S or canvas[0] % S or canvas[1] % S for canvas in canvases):
                 raise InputError(f"grid_pinpoints {canvases}: expected pairs of multiples of a crop's {S} pixels")
-        depth, levels = self.decoder.num_hidden_layers, self.vision.num_hidden_layers if self.vision else -1
+        depth, levels = d.num_hidden_layers, v.num_hidden_layers if v else -1
         for l, ks in self.fusion.routes:
             if not ks or not 0 <= l < depth or not all(0 <= k <= levels for k in ks):
                 raise InputError(f"route {l} <- {list(ks)}: decoder layers are 0..{depth - 1}, levels 0..{levels}")
         if len(dict(self.fusion.routes)) < len(self.fusion.routes):
             raise InputError(f"routes {list(self.fusion.routes)}: a decoder layer stands in two of them")
-        v, d = self.vision, self.decoder
         heads = 1 if self.fusion.gate == "none" else self.fusion.agf_heads or d.num_attention_heads
         for name, part, whole in (("agf_heads", heads, d.hidden_size),
                                   ("num_key_value_heads", d.num_key_value_heads, d.num_attention_heads),
@@ -268,7 +268,7 @@ def fusion_preset(name, depth, levels, decoder_layers=None, vision_levels=None, 
     if name != "none" and not (ls and ks):
         raise InputError(f"fusion {name}: decoder layers {ls} <- vision levels {ks}: neither may be empty")
     routes = {"none": [], "all": [(l, ks) for l in ls], "final": [(l, (levels,)) for l in range(len(ls))],
-              "each": [(l, (k,)) for l, k in zip(range(len(ls)), ks)]}[pairing]
+              "each": [(l, (k,)) for l, k in enumerate(ks[: len(ls)])]}[pairing]
     return build(FusionConfig, {"routes": routes, "projector": projector, "gate": gate, **fields})
 
 
@@ -297,9 +297,10 @@ def attention(q, k, v, causal=False):
         mask = None
         if causal and q.device.type == "mps":  # is_causal leaks in float16 before PyTorch 2.13 (its issue 195910)
             mask, causal = torch.ones(T, T, dtype=torch.bool, device=q.device).tril(), False
-        if q.is_cuda and q.dtype == torch.float32:  # with grouped heads its only kernel would make all T x T scores
+        grouped = q.shape[1] != k.shape[1]
+        if grouped and q.is_cuda and q.dtype == torch.float32:  # its only kernel for that would make all T x T scores
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
     # On a CPU spelled out, 128 queries at a time, whose scores stay in the processor's cache: where that was measured,
     # the fused kernel's forward pass in bfloat16 took twice as long, its backward pass in float32 up to seven times.
     q, k, v, blocks = q / math.sqrt(q.shape[-1]), k.contiguous(), v.contiguous(), []
@@ -332,7 +333,8 @@ def by_sequence(x, seqlens):
 
 def attend(q, k, v, seqlens):
     """Causal attention, every sequence of the flat stream alone: q (T, H, hd), k and v (T, K, hd) -> (T, H, hd)."""
-    flash = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and torch.cuda.get_device_capability()[0] >= 8
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    flash = q.is_cuda and half and torch.cuda.get_device_capability(q.device)[0] >= 8
     if flash and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256 and (flash_attn_varlen_func or varlen_attn):
         ends = put([0, *itertools.accumulate(seqlens)], q.device, torch.int32)
         if flash_attn_varlen_func:
@@ -418,12 +420,12 @@ class VisionEncoder(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.cfg, clip = cfg, cfg.kind == "clip"
-        self.patch_embedding = nn.Conv2d(3, cfg.hidden_size, cfg.patch_size, stride=cfg.patch_size, bias=not clip)
-        self.position_embedding = nn.Embedding(cfg.side**2 + clip, cfg.hidden_size)
+        self.cfg, Dv, clip = cfg, cfg.hidden_size, cfg.kind == "clip"
+        self.patch_embedding = nn.Conv2d(3, Dv, cfg.patch_size, stride=cfg.patch_size, bias=not clip)
+        self.position_embedding = nn.Embedding(cfg.side**2 + clip, Dv)
         if clip:
-            self.class_embedding = nn.Parameter(torch.zeros(cfg.hidden_size))
-            self.pre_layrnorm = nn.LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps)  # published spelling
+            self.class_embedding = nn.Parameter(torch.zeros(Dv))
+        self.pre_layrnorm = nn.LayerNorm(Dv, eps=cfg.layer_norm_eps) if clip else nn.Identity()  # published spelling
         self.layers = nn.ModuleList(VisionBlock(cfg) for _ in range(cfg.num_hidden_layers))
         self.checkpointing = False
 
@@ -433,9 +435,7 @@ class VisionEncoder(nn.Module):
         x = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (n, P, Dv), row-major
         if clip:
             x = torch.cat([self.class_embedding.expand(len(x), 1, -1).to(x.dtype), x], dim=1)
-        x = x + self.position_embedding.weight
-        if clip:
-            x = self.pre_layrnorm(x)
+        x = self.pre_layrnorm(x + self.position_embedding.weight)
         taps = {}
         for k in range(max(levels) + 1):
             if k > 0:
@@ -543,10 +543,11 @@ class Stream:
         """A value per token of the prompt (T_prompt, ...) -> per position of the stream (T, ...)."""
         return x.repeat_interleave(self.repeats, 0)
 
-    def pack(self, x, newline):
-        """All pictures' crop tokens x (n, P, C) and a newline vector (C,) -> (T, C), zero at text positions."""
+    def pack(self, x, newline=None):
+        """All pictures' crop tokens x (n, P, C) and a newline vector (C,) (None: 0) -> (T, C), zero where text is."""
+        newline = x.new_zeros(x.shape[-1]) if newline is None else newline.to(x.dtype)
         parts = zip(x.split([len(p.crops) for p in self.pictures]), self.pictures)
-        packed = torch.cat([pack_picture(part, newline.to(x.dtype), picture, self.config) for part, picture in parts])
+        packed = torch.cat([pack_picture(part, newline, picture, self.config) for part, picture in parts])
         return x.new_zeros(len(self.ids), x.shape[-1]).index_copy(0, self.where, packed)
 
 
@@ -575,7 +576,7 @@ class AMP(nn.ModuleDict):
     def adapter(self, l, j, k):
         return self[str(l)][j] if self.cfg.lora_per == "pair" else self[str(k)]
 
-    def lower(self, taps, stream):
+    def low_rank(self, taps, stream):
         """{adapter: alpha/r pack(A V_k) (T, r)}, taps[k] being V_k: all layers' adapters of a level in one product.
 
         Packing is linear and goes before B: pack(B A V) = B pack(A V), with r channels instead of D.
@@ -585,12 +586,12 @@ class AMP(nn.ModuleDict):
             takers = [(l, j) for l, ks in self.cfg.routes for j, level in enumerate(ks) if level == k]
             adapters = list(dict.fromkeys(self.adapter(l, j, k) for l, j in takers))
             A = torch.cat([adapter.A.weight for adapter in adapters])  # (adapters * r, Dv)
-            packed = scale * stream.pack(F.linear(taps[k], A), taps[k].new_zeros(len(A)))
+            packed = scale * stream.pack(F.linear(taps[k], A))
             low |= zip(adapters, packed.split(self.cfg.lora_rank, -1))
         return low
 
     def forward(self, projected, low, l, j, k):
-        """V_hat_k (T, D) for the j-th level, k, of decoder layer l: projected[k] is pack(MLP(V_k)), low from lower."""
+        """V_hat_k (T, D) for the j-th level, k, of decoder layer l: projected[k] is pack(MLP(V_k)), low: low_rank()."""
         if self.cfg.projector != "lora":
             return projected[k]
         adapter = self.adapter(l, j, k)
@@ -673,7 +674,7 @@ class Decoder(nn.Module):
         self.norm = nn.RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.checkpointing = False
 
-    def forward(self, h, seqlens, cache=None, inject=None, inject_at="input"):
+    def forward(self, h, seqlens, cache=None, inject=(), inject_at="input"):
         """h (T, D): embeddings of the stream -> (T, D) after the final norm.
 
         inject: {l: function h -> h}, what is let in at the input (or output) of decoder layer l; each is dropped once
@@ -683,11 +684,11 @@ class Decoder(nn.Module):
         positions = torch.cat([torch.arange(p, p + n, device=h.device) for p, n in zip(past, seqlens)])
         rope = rotary(positions, self.cfg.head_dim, self.cfg.rope_theta)
         for l, layer in enumerate(self.layers):
-            if inject and l in inject and inject_at == "input":
+            if l in inject and inject_at == "input":
                 h = inject.pop(l)(h)
             h = maybe_checkpoint(self.checkpointing, layer, h, rope, seqlens,
                                  functools.partial(cache.attend, l) if cache else attend)
-            if inject and l in inject and inject_at == "output":
+            if l in inject and inject_at == "output":
                 h = inject.pop(l)(h)
         if cache:
             cache.lengths = [p + n for p, n in zip(past, seqlens)]
@@ -732,17 +733,16 @@ class CLI(nn.Module):
         # Without gradients a few crops at a time keep the activations small; the levels asked for are all that stays.
         parts = [self.vision(x, levels) for x in pixels.split(len(pixels) if torch.is_grad_enabled() else 8)]
         taps = {k: torch.cat([part.pop(k) for part in parts]) for k in levels}
-        newline = self.image_newline if self.config.newline else pixels.new_zeros(self.config.decoder.hidden_size)
         if fusion.level_norm:
             rms = {k: x.float().pow(2).mean((1, 2), keepdim=True).sqrt() for k, x in taps.items()}
             taps = {k: x * (rms[final] / rms[k]).to(x.dtype) for k, x in taps.items()}
-        base = stream.pack(self.projector(taps[final]), newline)
+        base = stream.pack(self.projector(taps[final]), self.image_newline)
         full = fusion.projector == "full"
         projected = {}  # k: pack(MLP(V_k)), once per level however many layers take it
         for k in fusion.levels:
             mlp = self.amp[str(k)] if full else self.projector
-            projected[k] = base if k == final and not full else stream.pack(mlp(taps[k]), newline)
-        return base, functools.partial(self.amp, projected, self.amp.lower(taps, stream))
+            projected[k] = base if k == final and not full else stream.pack(mlp(taps[k]), self.image_newline)
+        return base, functools.partial(self.amp, projected, self.amp.low_rank(taps, stream))
 
     def inject(self, l, levels, v_hat, stream, gates, h):
         """Let the levels of decoder layer l's route into h (T, D), in turn; their weights W go to gates[l]."""
@@ -825,9 +825,8 @@ class CLI(nn.Module):
         top_k 0 and top_p 1 keep every token; repetition_penalty divides the scores of ids generated so far (None: the
         checkpoint's). cache: a KVCache to continue (a chat: one prompt); afterwards it holds everything that was fed.
         """
-        images = images or [[] for _ in prompts]
         images = [[p if isinstance(p, Picture) else prepare_image(p, self.config, len(ps) > 1) for p in ps]
-                  for ps in images]
+                  for ps in images or [[]] * len(prompts)]
         penalty = self.config.repetition_penalty if repetition_penalty is None else repetition_penalty
         seqlens = [len(p) for p in prompts]
         if not min(seqlens, default=0):
@@ -889,11 +888,12 @@ class CLI(nn.Module):
         return self
 
     @staticmethod
-    def from_pretrained(source, *, vision=None, fusion=None, device="cpu", dtype=None, key_map=None, quiet=False):
+    def from_pretrained(source, *, vision=None, fusion=None, device="cpu", dtype=None, key_map=None, quiet=False,
+                        seed=0):
         """Read a model from a folder or hub id, in any layout read_layout knows -> CLI in eval mode.
 
         vision: folder or hub id of a separate encoder (bare SigLIP or CLIP; default: what config.json names).
-        fusion: a preset's name or a FusionConfig for a checkpoint without CLI's own tensors: these start fresh.
+        fusion: a preset's name or a FusionConfig for a checkpoint without CLI's own tensors: these start fresh (seed).
         dtype: None keeps what is stored. key_map: JSON file or dict with "patterns": [[regex, replacement], ...] for
         names we do not know, and optionally "decoder_layers", "vision_levels", "lora_alpha" (see README).
         Raises InputError, for weights that do not fit with every missing, unexpected and misshapen key at once.
@@ -914,7 +914,7 @@ class CLI(nn.Module):
             config, names = read_layout(raw, shapes, tower, key_map, generation)
         except InputError:
             raise
-        except (AttributeError, LookupError, TypeError, ValueError, re.error) as e:
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, re.error) as e:
             raise InputError(f"{source}: malformed config.json or key map: {type(e).__name__}: {e}") from e
         fusion = FusionConfig() if fusion == "none" else fusion
         if fusion not in (None, config.fusion):
@@ -938,25 +938,23 @@ class CLI(nn.Module):
         if notes and not quiet:
             print("\n".join(notes), file=sys.stderr)
 
-        stored = {}  # our name -> tensors; q, k and v of a gate's attention may be stored apart, as name[0..2]
-        for ours, name in sorted(mapping.items()):
-            stored.setdefault(ours.split("[")[0], []).append(tensors[name])
         if isinstance(dtype, str) and dtype not in DTYPES:
             raise InputError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
-        dtype = DTYPES.get(dtype, dtype) or stored["decoder.embed_tokens.weight"][0].dtype
+        dtype = DTYPES.get(dtype, dtype) or tensors[mapping["decoder.embed_tokens.weight"]].dtype
         state = {}
-        for name, p in model.named_parameters():
-            parts = [t.to(device, dtype) for t in stored.get(name, [torch.empty(p.shape, dtype=dtype)])]
+        for name, p in model.named_parameters():  # q, k and v of a gate's attention may be stored apart, as name[0..2]
+            found = [tensors[mapping[n]] for n in (name, *(f"{name}[{i}]" for i in range(3))) if n in mapping]
+            parts = [t.to(device, dtype) for t in found or [torch.empty(p.shape, dtype=dtype)]]
             state[name] = (parts[0] if len(parts) == 1 else torch.cat(parts)).view(p.shape)
         model.load_state_dict(state, assign=True)  # no copy
-        model.init_weights(fresh)
+        model.init_weights(fresh, seed)
         model.tokenizer = Tokenizer.from_folder(folder)
         return model
 
     def save_pretrained(self, folder, dtype=None, weights=None):
         """Write config.json, model.safetensors and tokenizer.json: a folder that from_pretrained reads. dtype: of the
         stored weights (None: as they are). weights: a state_dict, if not this model's own (a rank has only its share).
-        Every file gets its name only once it is whole."""
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         state = {k: v.to(dtype or v.dtype).contiguous() for k, v in (weights or self.state_dict()).items()}
@@ -1023,19 +1021,19 @@ def read_layout(raw, shapes, tower=None, key_map=None, generation=None):
     if window or text.get("hidden_act", "silu") != "silu":
         raise InputError(f"config.json: hidden_act {text.get('hidden_act')!r} with sliding_window {window!r} is not "
                          "supported, only silu without a window")
-    decoder = DecoderConfig(
+    decoder = build(DecoderConfig, dict(
         hidden_size=D, intermediate_size=ours["decoder.layers.0.mlp.gate_proj.weight"][0],
         num_hidden_layers=count("decoder"), num_attention_heads=heads, head_dim=hd, vocab_size=vocab, qkv_bias=qwen,
         num_key_value_heads=ours["decoder.layers.0.self_attn.k_proj.weight"][0] // hd,
         rms_norm_eps=text.get("rms_norm_eps", 1e-6), rope_theta=text.get("rope_theta") or rope.get("rope_theta", 1e4),
         tie_word_embeddings="lm_head.weight" not in ours,
-        max_position_embeddings=text.get("max_position_embeddings") or (32768 if qwen else 2048))
+        max_position_embeddings=text.get("max_position_embeddings") or (32768 if qwen else 2048)))
     eos = generation.get("eos_token_id") or text.get("eos_token_id") or (151645 if qwen else 2)
     eos = tuple(eos) if isinstance(eos, list) else (151645, 151643) if qwen and eos in (151643, 151645) else (eos,)
     config = {"decoder": decoder, "template": "qwen_1_5" if qwen else "vicuna_v1", "eos_token_ids": eos,
               "repetition_penalty": generation.get("repetition_penalty") or 1.0}
     if "vision.patch_embedding.weight" not in ours:
-        return Config(vision=None, **config), names
+        return build(Config, {"vision": None, **config}), names
 
     v = (tower or {}).get("vision_config") or tower or raw.get("vision_config") or {}
     Dv, _, patch, _ = ours["vision.patch_embedding.weight"]
@@ -1051,19 +1049,20 @@ def read_layout(raw, shapes, tower=None, key_map=None, generation=None):
     size = v.get("image_size") or (384 if (side, patch) == (27, 14) else side * patch)  # 27 * 14 = 378: no shape tells
     # LLaVA drops the last block of a CLIP or of a bare SigLIP; inside a checkpoint SigLIP's is gone already
     last = raw.get("vision_feature_layer", -2 if tower or clip else -1)
-    vision = VisionConfig(
+    vision = build(VisionConfig, dict(
         kind="clip" if clip else "siglip", hidden_size=Dv, intermediate_size=ours["vision.layers.0.mlp.fc1.weight"][0],
         num_hidden_layers=count("vision") + 1 + last, num_attention_heads=heads, image_size=size, patch_size=patch,
         layer_norm_eps=v.get("layer_norm_eps", 1e-5 if clip else 1e-6),
-        **({"image_mean": CLIP_MEAN, "image_std": CLIP_STD} if clip else {}))
+        **({"image_mean": CLIP_MEAN, "image_std": CLIP_STD} if clip else {})))
     pinpoints = raw.get("image_grid_pinpoints") or ()
     if "text_config" in raw:  # transformers keeps (height, width)
         pinpoints = [(w, h) for h, w in pinpoints]
     # A bare SigLIP and a bare decoder become a model as LLaVA-OneVision is, with a newline vector.
     newline = "image_newline" in ours or "projector.0.weight" not in ours and not clip
     aspect = raw.get("image_aspect_ratio") or raw.get("vision_aspect_ratio") or ("anyres_max_9" if newline else "pad")
-    return Config(vision=vision, fusion=find_fusion(names, shapes, D, Dv, key_map), newline=newline,
-                  image_aspect_ratio=aspect, grid_pinpoints=tuple(map(tuple, pinpoints)), **config), names
+    config |= {"vision": vision, "fusion": find_fusion(names, shapes, D, Dv, key_map), "newline": newline,
+               "image_aspect_ratio": aspect, "grid_pinpoints": list(map(tuple, pinpoints))}
+    return build(Config, config), names
 
 
 def find_fusion(names, shapes, D, Dv, key_map):
@@ -1081,7 +1080,7 @@ def find_fusion(names, shapes, D, Dv, key_map):
     if not found:
         return FusionConfig()
 
-    def lists(key, numbers):
+    def meaning(key, numbers):
         """{number in a name: what it means}: itself, unless the names count 0, 1, 2, ... through the key map's list, or
         have no such number."""
         numbers = sorted({int(n) for n in numbers})
@@ -1094,22 +1093,23 @@ def find_fusion(names, shapes, D, Dv, key_map):
             raise InputError(f"key map: {key} is {given}, but the checkpoint has {numbers}")
         return dict(zip(numbers or given, given))
 
-    layers = lists("decoder_layers", {l for l, _, _ in found.values() if l})
-    levels = lists("vision_levels", {k for _, k, _ in found.values() if k})
+    layers = meaning("decoder_layers", {l for l, _, _ in found.values() if l})
+    levels = meaning("vision_levels", {k for _, k, _ in found.values() if k})
     for name, (l, k, rest) in found.items():
         if l and k:
             names[name] = f"amp.{layers[int(l)]}.{list(levels).index(int(k))}.{rest}"
         else:
             names[name] = f"amp.{levels[int(k)]}.{rest}" if k else f"agf.{layers[int(l)]}.{rest}"
     rank = next((shapes[name][0] for name, (_, _, rest) in found.items() if rest.startswith("A.")), 0)
-    gate = next((shapes[name][0] for name, (_, _, rest) in found.items() if rest == "gate.weight"), 0)
-    return FusionConfig(
+    gate = next((math.prod(shapes[name]) for name, (_, _, rest) in found.items() if rest == "gate.weight"), 0)
+    gate //= 2 * D  # rows, also of a single one stored flat
+    return build(FusionConfig, dict(
         routes=[(l, tuple(levels.values())) for l in layers.values()], lora_rank=rank or 128,
         lora_alpha=key_map.get("lora_alpha", 2 * rank),
         lora_per="pair" if any(l and k for l, k, _ in found.values()) else "level",
         projector="lora" if rank else "full" if any(k for _, k, _ in found.values()) else "shared",
         gate="none" if not gate else "scalar" if gate == 1 else "vector",
-        agf_attention="split" if any(rest.startswith("attn_h.") for _, _, rest in found.values()) else "shared")
+        agf_attention="split" if any(rest.startswith("attn_h.") for _, _, rest in found.values()) else "shared"))
 
 
 def guess(name, shape, D, Dv):
@@ -1197,35 +1197,33 @@ def fetch(source):
         raise InputError(f"{source}: no such folder, and the hub could not give it: {first_line(e)}") from e
 
 
-def read_json(path, default=None):
-    """The object in a JSON file; `default`, if given, where there is no file."""
+def read_json(path, default=None, kind=dict):
+    """What a JSON file holds: an object, or what `kind` says; `default`, if given, where there is no file."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(value, dict):
-            raise ValueError(f"expected an object, not {type(value).__name__}")
+        value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        if not isinstance(value, kind):
+            raise ValueError(f"expected a JSON {'list' if kind is list else 'object'}, got a {type(value).__name__}")
         return value
     except FileNotFoundError:
         if default is not None:
             return default
         raise InputError(f"{path}: no such file") from None
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise InputError(f"{path}: {e}") from e
 
 
 def read_weights(folder):
     """{published name: tensor} of all weight files of a folder, memory-mapped: nothing is read before it is used."""
-    for whole in (folder / "model.safetensors", folder / "pytorch_model.bin"):
-        index = whole.with_name(whole.name + ".index.json")
-        paths = [whole] if whole.exists() else []
-        if not paths and index.exists():
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise InputError(f"{index}: no weight_map of names to files")
-            paths = sorted({folder / str(file) for file in weight_map.values()})
-        if paths:
-            break
-    else:
+    names = [whole + end for whole in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")]
+    found = next((folder / name for name in names if (folder / name).exists()), None)
+    if not found:
         raise InputError(f"{folder}: no model.safetensors, no pytorch_model.bin and no index of either")
+    paths = [found]
+    if found.suffix == ".json":
+        weight_map = read_json(found).get("weight_map")
+        if not (weight_map and isinstance(weight_map, dict)):
+            raise InputError(f"{found}: no weight_map of names to files")
+        paths = sorted({folder / str(file) for file in weight_map.values()})
     tensors = {}
     for path in paths:
         try:
@@ -1240,12 +1238,12 @@ def read_weights(folder):
 
 def write_whole(path, write):
     """write(temporary path), then rename: the file at `path` is never half written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
         write(temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError, SafetensorError) as e:  # a full disk: torch.save and save_file raise the latter two
-        raise InputError(f"{path}: cannot be written: {e}") from e
+        raise InputError(f"{path}: cannot be written: {first_line(e)}") from e
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -1264,20 +1262,19 @@ def load_image(source):
     """A path, encoded bytes or a PIL image -> PIL image, mode RGB: upright by its EXIF tag, transparency on white,
     16 bits scaled to 8, of an animation the first frame. Raises InputError naming the file."""
     try:
-        image = source
-        if not isinstance(source, Image.Image):
-            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        source = io.BytesIO(source) if isinstance(source, bytes) else source
+        image = source if isinstance(source, Image.Image) else Image.open(source)
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels, more than the limit of {MAX_PIXELS:,}")
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):
-            image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).clip(0, 255).round().astype(np.uint8))
+            image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).round().astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
     except Exception as e:  # a damaged file can raise nearly anything out of a decoder
-        name = "picture" if isinstance(source, (bytes, Image.Image)) else source
+        name = "picture" if isinstance(source, (io.BytesIO, Image.Image)) else source
         raise InputError(f"{name}: not a picture that can be read: {first_line(e)}") from e
 
 
@@ -1314,8 +1311,8 @@ def normalise(image, cfg):
 
 
 def prepare_image(image, config, several=False):
-    """PIL image -> Picture: the whole picture squeezed into one crop, then the tiles of a black canvas; where there are
-    no tiles one crop, padded to a square with the mean colour. several: the prompt has other pictures."""
+    """What load_image takes -> Picture: the whole picture squeezed into one crop, then the tiles of a black canvas;
+    where there are no tiles one crop, padded to a square with the mean colour. several: the prompt has others."""
     if not config.vision:
         raise InputError("this model has no vision encoder: it takes text only")
     cfg, S = config.vision, config.vision.image_size
@@ -1359,7 +1356,7 @@ class Tokenizer:
         try:
             return Tokenizer(path.read_bytes().decode())
         except Exception as e:  # the library raises bare Exception
-            raise InputError(f"{path}: not a tokenizer: {e}") from e
+            raise InputError(f"{path}: not a tokenizer: {first_line(e)}") from e
 
     def __len__(self):
         return self.backend.get_vocab_size()
@@ -1383,7 +1380,7 @@ class Tokenizer:
 
 def user_content(text, images):
     """A user's turn with its pictures in front: placeholders joined by spaces, a newline, the text (as LMMs-Eval)."""
-    places = [part for _ in range(images) for part in (" ", IMAGE_TOKEN)][1:]
+    places = ([" ", IMAGE_TOKEN] * images)[1:]
     return [*places, "\n" + text] if images else [text]
 
 
@@ -1444,7 +1441,7 @@ def choose(logits, seen, penalty, temperature, top_k, top_p, generator):
     return order.gather(1, torch.multinomial(probs, 1, generator=generator))[:, 0]
 
 
-def pick_device(name="auto"):
+def pick_device(name):
     """"auto" -> cuda, mps or cpu, whichever is there, and the reason, for people to read."""
     if name != "auto":
         try:
@@ -1483,6 +1480,16 @@ def peak_memory(device):
     except ImportError:
         return math.nan
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+class Parser(argparse.ArgumentParser):
+    """Help as it is written, flags in full; a wrong one is a mistake like any other: one line."""
+
+    def __init__(self, **settings):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
+
+    def error(self, message):
+        raise InputError(message)
 
 
 def run_program(main):

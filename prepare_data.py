@@ -9,7 +9,7 @@ Output, in data/NAME/:
     tokenizer.json            the tokenizer whose ids the shards hold
     SPLIT-00000.safetensors   tokens           int32[t]    the rows end to end, -200 where a picture goes
                               answer           uint8[t]    1 = of an answer, 2 = supervised though it is of none
-                                                           (--labels llava), 0 = not supervised; train.py shifts
+                                                           (--labels llava), 0 = not supervised (not shifted)
                               row_offsets      int64[n+1]  row i is tokens[row_offsets[i]:row_offsets[i+1]]
                               pictures         uint8[b]    the pictures' bytes end to end: an image file, or a recipe
                               picture_offsets  int64[m+1]  picture j: pictures[picture_offsets[j]:picture_offsets[j+1]]
@@ -25,7 +25,6 @@ for those with bad rows, which may have been mended. A shard depends on nothing 
 to, its split and number, so the bytes are those of a run in one go.
 """
 
-import argparse
 import functools
 import hashlib
 import json
@@ -109,16 +108,10 @@ def llava_mask(ids: list, answer: list, tokenizer) -> list:
 
 def llava_items(file: Path) -> list:
     """-> [(where, raw record)]; a line of JSONL is decoded when its shard is written."""
-    try:
-        if file.suffix == ".jsonl":
-            lines = enumerate(file.read_bytes().split(b"\n"), 1)
-            return [(f"{file.name}:{n}", line) for n, line in lines if line.strip()]
-        records = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as e:
-        raise InputError(f"{file}: {getattr(e, 'strerror', None) or e}") from e
-    if not isinstance(records, list):
-        raise InputError(f"{file}: expected a list of conversations, got a JSON {type(records).__name__}")
-    return [(f"{file.name} row {n}", record) for n, record in enumerate(records, 1)]
+    if file.suffix == ".jsonl":
+        lines = enumerate(file.read_bytes().split(b"\n"), 1)
+        return [(f"{file.name}:{n}", line) for n, line in lines if line.strip()]
+    return [(f"{file.name} row {n}", record) for n, record in enumerate(cli.read_json(file, kind=list), 1)]
 
 
 def llava_row(raw, folder) -> dict:
@@ -130,7 +123,7 @@ def llava_row(raw, folder) -> dict:
         try:
             pictures.append((folder / name).read_bytes())
         except (OSError, TypeError, ValueError) as e:
-            raise InputError(f"picture {name!r}: {getattr(e, 'strerror', None) or e}") from e
+            raise InputError(f"picture {name!r}: {cli.first_line(e)}") from e
     return {"turns": turns, "pictures": pictures, "drawn": False, "kind": PICTURES[min(len(pictures), 2)]}
 
 
@@ -302,7 +295,7 @@ def write_shard(path: Path, rows, make, kinds: list, encode, bar) -> None:
 
 def build(args, source: dict, tokenizer_json: str, splits: dict, kinds: list, rows_of, make) -> None:
     """splits: {name: number of rows}; rows_of(split, shard, first, last) -> iterator of (where, raw record)."""
-    folder, total = args.out or Path("data") / (args.name or source["name"]), sum(splits.values())
+    folder, total = args.out or Path("data") / source["name"], sum(splits.values())
     if total == 0:
         raise InputError(f"no rows in {source['name']}")
     if args.labels == "llava" and args.template != "qwen_1_5":
@@ -374,12 +367,12 @@ def prepare_folder(folder: Path, arguments: dict, overwrite: bool) -> None:
     begun, left = folder / "arguments.json", set(folder.glob(".*.tmp"))  # by a run that was killed as it wrote
     if set(folder.iterdir()) - left and not begun.exists():
         raise InputError(f"{folder} holds files that prepare_data.py did not make: use another --out")
+    old = [folder / "manifest.json", folder / "bad_rows.jsonl", *left]  # written last, so gone first
     if overwrite:
-        ours = [folder / name for name in ("manifest.json", "tokenizer.json", "bad_rows.jsonl")]
-        left = [*ours, *folder.glob("*-?????.safetensors"), *left]  # the manifest first
+        old += folder.glob("*-?????.safetensors")
     elif cli.read_json(begun, arguments) != arguments:
         raise InputError(f"{folder} holds something made with other arguments: use another --out, or --overwrite")
-    for path in left:
+    for path in old:
         path.unlink(missing_ok=True)
     cli.write_text(begun, json.dumps(arguments, indent=1, ensure_ascii=False))
 
@@ -396,8 +389,7 @@ def read_tokenizer(source) -> str:
         return cli.Tokenizer(path.read_bytes().decode()).json
     except Exception as e:  # the libraries have errors of their own, down to bare Exception
         hint = "" if source else " (say which one with --tokenizer)"
-        reason = getattr(e, "strerror", None) or cli.first_line(e)
-        raise InputError(f"{path}: not a tokenizer.json{hint}: {reason}") from e
+        raise InputError(f"{path}: not a tokenizer.json{hint}: {cli.first_line(e)}") from e
 
 
 def sha256(data: bytes) -> str:
@@ -405,7 +397,7 @@ def sha256(data: bytes) -> str:
 
 
 def hold_out(seed: int, items: list, n: int) -> dict:
-    """-> {"train": items, "val": n of them}, each in the old order"""
+    """-> {"train": items, "val": n of them taken out}, each in the old order"""
     if n and len(items) <= n:
         raise InputError(f"--val {n}: there are only {len(items)} rows")
     chosen = set(random.Random(seed).sample(range(len(items)), n))
@@ -466,22 +458,19 @@ def onevision_command(args) -> None:
     counts = {split: len(chosen) for split, chosen in splits.items()}
     kinds = sorted({subset for subset, _, _ in items})
 
-    def rows_of(split, shard, first, last):
-        return onevision_rows(splits[split][first:last], fetch)
-
-    build(args, source, tokenizer_json, counts, kinds, rows_of, onevision_row)
+    build(args, source, tokenizer_json, counts, kinds, lambda s, _, a, b: onevision_rows(splits[s][a:b], fetch),
+          onevision_row)  # fmt: skip
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name, run, help, tokenizer, val, shard_rows):
         new = commands.add_parser(name, help=help)
         new.set_defaults(run=run, template="qwen_1_5", labels="answer")
         add = new.add_argument
-        add("--out", type=Path, help="folder to write (default: data/NAME)")
-        add("--name", help="of the data set (default: emoji, onevision, or the JSON file's name)")
+        add("--out", type=Path, help="folder to write (default: data/emoji, data/onevision, or data/ the file's name)")
         add("--seed", type=int, default=0, help="of every random choice (default: %(default)s)")
         add("--overwrite", action="store_true", help="make everything in that folder anew")
         add("--max-bad", type=float, default=0.01, help="share of rows that may be bad (default: %(default)s)")
@@ -511,9 +500,9 @@ def main(argv=None) -> None:
     add("--samples", type=int, help="rows in all, shared out over the groups (default: every row)")
     add("--from", type=Path, dest="source", metavar="DIR", help="a local copy: DIR/SUBSET/*.parquet")
     args = parser.parse_args(argv)
-    numbers = {name: value for name, value in vars(args).items() if isinstance(value, int) and name != "seed"}
-    if args.shard_rows < 1 or min(numbers.values()) < 0:
-        raise InputError("numbers of rows cannot be negative, and a shard has at least one")
+    numbers = [value for name, value in vars(args).items() if isinstance(value, (int, float)) and name != "seed"]
+    if args.shard_rows < 1 or not all(number >= 0 for number in numbers):  # nan neither
+        raise InputError("numbers of rows and --max-bad cannot be negative, and a shard has at least one row")
     args.run(args)
 
 

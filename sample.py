@@ -9,13 +9,11 @@
 Text goes to standard output as it is decoded, everything else to standard error. A batch's paths start at its file's
 folder; one that was stopped goes on where it was when the same command is given again, and what failed is tried again.
 """
-import argparse
 import json
 import sys
 import time
 from pathlib import Path
 
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
@@ -27,8 +25,8 @@ DEMO = [("single.png", "What is this?"), ("single.png", "What colour is the back
         ("scene.png", "What is in the top right?")]
 
 
-def say(text, end="\n"):
-    print(text, end=end, file=sys.stderr, flush=True)
+def say(text):
+    print(text, file=sys.stderr, flush=True)
 
 
 def generate(model, prompts, pictures, args, cache=None):
@@ -36,47 +34,37 @@ def generate(model, prompts, pictures, args, cache=None):
                           args.repetition_penalty, args.seed, cache)
 
 
-class Printer:
-    """Prints text as its tokens come; a character whose bytes are spread over tokens waits for the last of them."""
-
-    def __init__(self, tokenizer, show=True):
-        self.tokenizer, self.show, self.ids, self.printed = tokenizer, show, [], ""
-
-    def add(self, token=None):
-        if token is not None:
-            self.ids.append(token)
-        text = self.tokenizer.decode(self.ids)
-        if self.show and (token is None or not text.endswith("\ufffd")):
-            print(text[len(self.printed) :], end="", flush=True)
-            self.printed = text
-        return text
-
-
 def answer(model, prompt, pictures, args, cache=None, show=True):
     """Generate one answer, streaming it -> (text, ids, facts). Ctrl-C ends the answer and is passed on in the facts."""
-    start, first, printer, stopped = time.time(), None, Printer(model.tokenizer, show), False
+    start, first, ids, printed, stopped = time.time(), None, [], 0, False
     try:
         for (token,) in generate(model, [prompt], [pictures], args, cache):
             first = first or time.time()
-            printer.add(token)
+            ids.append(token)
+            text = model.tokenizer.decode(ids)
+            if show and not text.endswith("\ufffd"):  # a character spread over tokens waits for the last of them
+                print(text[printed:], end="", flush=True)
+                printed = len(text)
     except KeyboardInterrupt:
         stopped = True
-    text, end, n = printer.add(), time.time(), len(printer.ids)
+    text, end, n = model.tokenizer.decode(ids), time.time(), len(ids)
     if show:
-        print(flush=True)
+        print(text[printed:], flush=True)
     first = first or end
     facts = {"tokens": n, "visual_tokens": sum(cli.visual_tokens(p, model.config) for p in pictures),
              "seconds_to_first_token": round(first - start, 3),
              "tokens_per_second": round((n - 1) / (end - first), 2) if n > 1 else None, "stopped": stopped,
              "gates": {l: {k: round(w, 4) for k, w in zip(ks, model.gates[l][0].tolist())}
                        for l, ks in model.config.fusion.routes if l in model.gates}}
-    return text.strip(), printer.ids, facts
+    return text.strip(), ids, facts
 
 
-def report(facts, device):
+def report(facts, args, device):
     rate = f", then {facts['tokens_per_second']} tokens/s" if facts["tokens_per_second"] else ""
     say(f"[{facts['visual_tokens']} visual tokens, first token after {facts['seconds_to_first_token']:.2f} s{rate}, "
         f"peak memory {cli.peak_memory(device):.2f} GiB]")
+    if facts["gates"] and args.gates is not None:
+        say(gates_text(facts["gates"]))
 
 
 def gates_text(gates):
@@ -106,21 +94,17 @@ def draw_gates(pages, path):
         for i, (l, row) in enumerate(gates.items()):
             y = top + i * cell
             draw.text((x0 + left - 16, y + cell / 2), str(l), "black", font, anchor="rm")
-            for j, k in enumerate(ks):
-                w = row.get(k)
-                box = (x0 + left + j * cell, y, x0 + left + (j + 1) * cell - 2, y + cell - 2)
-                if w is not None:
-                    draw.rectangle(box, (round(255 - 220 * w), round(255 - 150 * w), round(255 - 60 * w)))
-                    middle = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
-                    draw.text(middle, f"{w:.2f}", "white" if w > 0.6 else "black", font, anchor="mm")
+            for k, w in row.items():
+                x = x0 + left + ks.index(k) * cell
+                colour = (round(255 - 220 * w), round(255 - 150 * w), round(255 - 60 * w))
+                draw.rectangle((x, y, x + cell - 2, y + cell - 2), colour)
+                middle = (x + cell / 2 - 1, y + cell / 2 - 1)
+                draw.text(middle, f"{w:.2f}", "white" if w > 0.6 else "black", font, anchor="mm")
         for j, k in enumerate(ks):
             draw.text((x0 + left + (j + 0.5) * cell, top + len(gates) * cell + 10), str(k), "black", font, anchor="mt")
         draw.text((x0 + left, top + len(gates) * cell + 27), "vision level", "black", font)
         x0 += width
-    try:
-        cli.write_whole(Path(path), lambda temporary: image.save(temporary, "PNG"))
-    except ValueError as e:
-        raise InputError(f"{path}: {e}") from e
+    cli.write_whole(Path(path), lambda temporary: image.save(temporary, "PNG"))
     say(f"heat map written to {path}")
 
 
@@ -131,7 +115,7 @@ def stream_length(model, ids, pictures):
 
 def prepare(model, paths, prompt):
     """-> (ids, pictures) of one question. Raises InputError, also where it is longer than the model's context."""
-    pictures = [prepare_image(load_image(path), model.config, len(paths) > 1) for path in paths]
+    pictures = [prepare_image(path, model.config, len(paths) > 1) for path in paths]
     ids, _ = encode_chat(model.tokenizer, model.config.template, [("user", user_content(prompt, len(pictures)))])
     length = stream_length(model, ids, pictures)
     if length > model.config.decoder.max_position_embeddings:
@@ -153,9 +137,7 @@ def ask(model, args, questions):
                       **facts, "peak_memory_gib": round(cli.peak_memory(model.device), 3)}
             print(json.dumps(result, ensure_ascii=False))
         else:
-            report(facts, model.device)
-        if facts["gates"] and args.gates is not None and not args.json:
-            say(gates_text(facts["gates"]))
+            report(facts, args, model.device)
         pages.append((prompt, facts["gates"]))
         if facts["stopped"]:
             raise KeyboardInterrupt
@@ -167,7 +149,7 @@ def ask(model, args, questions):
 
 def chat(model, args):
     """Talk until Ctrl-D. The cache holds what was said: a turn only costs its own tokens."""
-    images = [prepare_image(load_image(path), model.config, len(args.image) > 1) for path in args.image]
+    images = [prepare_image(path, model.config, len(args.image) > 1) for path in args.image]
     cache = KVCache(model.config.decoder, 1, 0, model.device, model.dtype)
     left = None  # tokens of the last answer that were printed but not fed
     say("Ask; Ctrl-C stops an answer, Ctrl-D ends.")
@@ -178,16 +160,14 @@ def chat(model, args):
             return print()
         if not text.strip():
             continue
-        content, start = (user_content(text, len(images)), True) if left is None else (text, False)
-        prompt = (left or []) + encode_chat(model.tokenizer, model.config.template, [("user", content)], start)[0]
+        turn = ("user", user_content(text, len(images)))
+        prompt = (left or []) + encode_chat(model.tokenizer, model.config.template, [turn], start=left is None)[0]
         fed = cache.lengths[0] + stream_length(model, prompt, images)
         _, ids, facts = answer(model, prompt, images, args, cache)
         if cache.lengths[0] < fed:  # stopped while the turn was read: nothing of it is in the cache
             continue
         left, images = ids[cache.lengths[0] - fed :], []
-        report(facts, model.device)
-        if facts["gates"] and args.gates is not None:
-            say(gates_text(facts["gates"]))
+        report(facts, args, model.device)
 
 
 def read_questions(path):
@@ -232,10 +212,10 @@ def answer_rows(model, rows, args):
         row["answer"] = model.tokenizer.decode([step[b] for step in steps]).strip()
 
 
-def batch(model, args):
-    """Answer a JSONL file, args.batch_size at a time; lines are appended as they come, and those of an earlier run that
-    failed are tried again first. -> number that failed"""
-    questions, out, done = [{**q, "model": args.model} for q in read_questions(args.batch)], Path(args.out), []
+def batch(model, questions, args):
+    """Answer what read_questions gave, args.batch_size at a time; lines are appended as they come, and those of an
+    earlier run that failed are tried again first. -> number that failed"""
+    questions, out, done = [{**q, "model": args.model} for q in questions], Path(args.out), []
     if out.exists():
         whole = out.read_bytes()
         whole = whole[: whole.rfind(b"\n") + 1]  # a killed run may have left half a line
@@ -293,7 +273,7 @@ def load_model(args):
 
 
 def parse():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__)
     add = parser.add_argument
     add_model_flags(add)
     add("--image", action="append", default=[], metavar="FILE", help="a picture; may be repeated")
@@ -306,7 +286,7 @@ def parse():
     add("--repetition-penalty", type=float, help="on tokens generated so far (default: what the checkpoint ships)")
     add("--seed", type=int, default=0, help="of the sampling (default: 0)")
     add("--gates", nargs="?", const="", metavar="PNG", help="show W per decoder layer and vision level, or draw it")
-    add("--json", action="store_true", help="one JSON object on standard output")
+    add("--json", action="store_true", help="a JSON object for each question on standard output")
     add("--batch", metavar="JSONL", help="answer many questions; needs --out")
     add("--out", metavar="JSONL", help="where the answers of --batch go")
     add("--batch-size", type=int, default=8, help="questions decoded together (default: %(default)s)")
@@ -328,17 +308,15 @@ def main():
         raise InputError("--batch goes without --image, --prompt, --json and --gates")
     for path in args.image:  # before a large model is loaded
         load_image(path)
-    if args.batch:
-        read_questions(args.batch)
+    questions = read_questions(args.batch) if args.batch else []
     model = load_model(args)
     if args.batch:
-        failed = batch(model, args)
-        if failed:
+        if failed := batch(model, questions, args):
             raise InputError(f"{failed} questions could not be answered: their lines in {args.out} say why")
     elif args.prompt is not None:
         ask(model, args, [(args.image, args.prompt)])
     elif args.model == parser.get_default("model") and not args.image:
-        args.gates = args.gates if args.gates is not None else ""
+        args.gates = args.gates or ""
         ask(model, args, [([HERE / "assets/pictures" / name], prompt) for name, prompt in DEMO])
     elif sys.stdin.isatty():
         if args.gates or args.json:
@@ -355,5 +333,4 @@ def main():
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
     cli.run_program(main)

@@ -1439,11 +1439,11 @@ def test_config_fields_of_the_originals():
     assert Config.from_dict(json.loads(json.dumps(old.to_dict()))) == old
 
 
-def foreign_checkpoint(folder, fusion, agf, amp, separate=False):
+def foreign_checkpoint(folder, fusion, agf, amp, separate=False, flat=False):
     """A CLI checkpoint over the original layout, its AMP and AGF tensors under names never seen before.
 
     agf: pattern of l and rest; amp: pattern of l, j (place in the route), k (level) and side (A or B); separate: q, k
-    and v projections apart. -> the model it came from
+    and v projections apart; flat: the gate's weight is (2 D,). -> the model it came from
     """
     model = tiny(fusion, seed=8)
     state, tensors = model.state_dict(), published_tensors(onevision(False), "original")
@@ -1464,6 +1464,7 @@ def foreign_checkpoint(folder, fusion, agf, amp, separate=False):
                 tensors[agf.format(l=l, rest=rest.replace("in_proj_", f"{letter}_proj."))] = third
         elif part == "agf":
             rest = rest.replace("query_v", "query_visual").replace("query_h", "query_hidden")
+            tensor = tensor[0] if flat and rest == "gate.weight" else tensor
             tensors[agf.format(l=l, rest=rest)] = tensor.view(1, 1, -1) if "query" in rest else tensor
     write(folder, original_config(onevision(False)), {n: t.clone() for n, t in tensors.items()})
     return model
@@ -1490,6 +1491,9 @@ FOREIGN = {  # fusion, names, what the user has to add
     ),
     "q, k and v apart": (
         dict(), dict(agf="model.fusion.{l}.{rest}", amp="model.amp.{l}.{k}.{side}.weight", separate=True), {},
+    ),
+    "the gate's weight as a vector": (
+        dict(), dict(agf="model.fusion.{l}.{rest}", amp="model.amp.{l}.{k}.{side}.weight", flat=True), {},
     ),
 }
 
@@ -1621,10 +1625,13 @@ def test_errors_of_foreign_configs(tmp_path):
     """What a config.json or a key map says wrongly, or asks of a decoder or an encoder that these are not."""
     tensors, raw = published_tensors(onevision(), "original"), original_config(onevision())
     for fields, told in (({"hidden_act": "gelu"}, "gelu"), ({"num_attention_heads": None}, "config.json"),
+                         ({"num_attention_heads": 0}, "config.json"), ({"rms_norm_eps": "1e-6"}, "rms_norm_eps"),
                          ({"text_config": "x"}, "config.json"), ({"vision_config": {"hidden_act": "gelu"}}, "gelu"),
                          ({"sliding_window": 8, "use_sliding_window": True}, "8")):  # fmt: skip
         fails(lambda fields=fields: load(write(tmp_path, raw | fields, tensors)), told)
     write(tmp_path, raw, tensors)
+    foreign_checkpoint(tmp_path / "foreign", preset("cli"), **FOREIGN["levels in the names"][1])
+    fails(lambda: load(tmp_path / "foreign", key_map={"lora_alpha": "8"}), "lora_alpha")
     for patterns in (None, [["(", ""]], ["ab c"], [["a"]], [["a", 1]]):
         fails(lambda patterns=patterns: load(tmp_path, key_map={"patterns": patterns}), "key map")
     experts = {name.replace("mlp.gate_proj", "mlp.experts.0.gate_proj"): t for name, t in tensors.items()}
@@ -1722,6 +1729,8 @@ def test_errors_of_options(base):
     fails(lambda: Config(cli.VisionConfig(hidden_size=130, num_attention_heads=4)), "vision heads 4", "130")
     fails(lambda: Config(decoder=cli.DecoderConfig(num_key_value_heads=3)), "num_key_value_heads 3", "14")
     fails(lambda: tiny_config(image_aspect_ratio="square"), "square")
+    fails(lambda: tiny_config(image_aspect_ratio="anyres_max_0"), "anyres_max_0")
+    fails(lambda: Config(cli.VisionConfig(kind="CLIP")), "kind='CLIP'", "siglip or clip")
     fails(lambda: Config.from_dict(dict(tiny_config().to_dict(), colour=3)), "colour")
     for layers in ({"decoder_layers": "RANGE-5-3-1"}, {"vision_levels": "RANGE-5-3-1"}):
         fails(lambda layers=layers: cli.fusion_preset("cli", LAYERS, BLOCKS, **layers), "neither may be empty")
@@ -1996,11 +2005,14 @@ def test_sample_refuses(asked, monkeypatch, capsys):
                             (["--model", asked, "--prompt", "x", "--seed", 2**64], "--seed"),
                             (["--model", asked, "--prompt", "\udcff"], "not valid Unicode"),
                             (["--model", asked, "--prompt", "x", "--gates", asked / "x.png"], "--gates"),
+                            (["--model", asked, "--promt", "x"], "unrecognized arguments: --promt"),
                             (["--batch", asked / "in.jsonl"], "--out"),
                             (["--batch", asked / "in.jsonl", "--out", asked / "o.jsonl", "--json"], "--json"),
                             (["--model", asked], "no question")):
         status, _, err = run_sample(monkeypatch, capsys, *arguments)
         assert status == 2 and told in err.splitlines()[-1] and err.splitlines()[-1].startswith("error: "), err
+    for path in (asked / "none/x.png", ".", "/"):
+        fails(lambda path=path: sample.draw_gates([("What?", {1: {2: 0.5}})], path), f"{path}: cannot be written")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2386,6 +2398,12 @@ def test_llava_rows_that_were_mended(small_tokenizer, tmp_path, monkeypatch):
     (tmp_path / "a.png").write_bytes(png_bytes())
     write_shards(monkeypatch, *arguments, "--images", tmp_path)
     assert rows_of(tmp_path / "out", "train")[0][2] == [png_bytes()]
+    assert not (tmp_path / "out/bad_rows.jsonl").exists()
+    with pytest.MonkeyPatch.context() as killed:  # while it goes on: what is there is no longer said to be whole
+        killed.setattr(prepare_data, "shard_facts", lambda path: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            write_shards(killed, *arguments, "--images", tmp_path)
+    assert not (tmp_path / "out/manifest.json").exists()
     (tmp_path / "other").mkdir()
     (tmp_path / "other/a.png").write_bytes(png_bytes(size=(5, 5)))
     write_shards(monkeypatch, *arguments, "--images", tmp_path / "other", "--overwrite")
@@ -2407,8 +2425,8 @@ def test_prepare_mistakes_are_one_line(emoji, tmp_path, small_tokenizer, monkeyp
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", hub)
     for arguments, message in (
-        (["llava", "chat.json", "--tokenizer", small_tokenizer], "expected a list of conversations, got a JSON dict"),
-        (["llava", "none.json", "--tokenizer", small_tokenizer], "none.json: No such file"),
+        (["llava", "chat.json", "--tokenizer", small_tokenizer], "expected a JSON list, got a dict"),
+        (["llava", "none.json", "--tokenizer", small_tokenizer], "none.json: no such file"),
         (["llava", "empty.json", "--tokenizer", "nowhere"], "nowhere: not a tokenizer.json: No such file"),
         (["llava", "empty.json", "--tokenizer", "chat.json"], "chat.json: not a tokenizer.json"),
         (["llava", "empty.json", "--tokenizer", "owner/none"], "owner/none: not a tokenizer.json: no such repository"),
@@ -2420,6 +2438,10 @@ def test_prepare_mistakes_are_one_line(emoji, tmp_path, small_tokenizer, monkeyp
         (["emoji", "--per-kind", 3], "--per-kind N: 0 or at least 12"),
         (["emoji", "--vocabulary", 2], "at least 259"),
         (["emoji", "--train", "-1"], "cannot be negative"),
+        (["emoji", "--max-bad", "-1"], "cannot be negative"),
+        (["emoji", "--max-bad", "nan"], "cannot be negative"),
+        (["emoji", "--steps", "1"], "unrecognized arguments: --steps"),
+        ([], "COMMAND"),
         (["emoji", *(word for split in ("encode", "pretrain", "train", "val") for word in (f"--{split}", "0")),
           "--tokenizer", emoji], "no rows in emoji"),
         (["emoji", "--out", "file", "--tokenizer", emoji], "File exists"),
@@ -2854,6 +2876,28 @@ def test_interrupted_run_resumes_bitwise(few, tmp_path, monkeypatch):
     assert len(calls) == 11
 
 
+def test_fresh_parts_follow_the_seed(few, tmp_path):
+    """--seed decides the values that AMP and AGF start from, also beside a trained base."""
+    tiny_model(few, fusion="none", fusion_fields={}).save_pretrained(tmp_path)
+    manifest = train.read_manifest(few, "train")
+    one, same, other = (train.build_model(settings(few, "unused", init_from=str(tmp_path), seed=seed), manifest)
+                        for seed in (0, 0, 1))  # fmt: skip
+    for name, p in one.state_dict().items():
+        assert torch.equal(p, same.state_dict()[name])
+        fresh = name.startswith(("amp.", "agf.")) and not name.endswith("bias") and ".B." not in name
+        assert torch.equal(p, other.state_dict()[name]) != fresh, name
+
+
+def test_a_fresh_model_takes_the_template_of_the_data(few, tmp_path):
+    """Data made with --template vicuna_v1: the model says so, and stops where such answers end."""
+    tokenizer = tokenizers.Tokenizer.from_file(str(few / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    manifest = {**train.read_manifest(few, "train"), "template": "vicuna_v1"}
+    config = train.build_model(settings(tmp_path, "unused"), manifest).config
+    assert config.template == "vicuna_v1" and config.eos_token_ids == (tokenizer.token_to_id("</s>"),)
+
+
 @pytest.mark.parametrize("aspect, canvases", [("", 1), ("anyres_max_9", 36)])
 def test_another_cut_has_all_canvases(few, tmp_path, aspect, canvases):
     """--image_aspect_ratio brings all canvases along, as the original's flags do, also where a base has few."""
@@ -3027,11 +3071,13 @@ def test_train_mistakes_are_one_line(few, mixed, tmp_path, monkeypatch, capsys):
         ([*tiny, "--fusion_fields", '{"agf_norm": true}'], "of which fusion?"),
         ([*tiny, "--beta2", 1], "beta2 must be below 1"),
         ([*tiny, "--lr_decoder", "nan"], "setting lr_decoder: got nan"),
+        ([*tiny, "--epochs", "inf"], "setting epochs: got inf"),
         ([*tiny, "--out", tmp_path / "cut"], "checkpoint is damaged"),
         (["--evaluate", tmp_path / "done", "--data", tmp_path / "alone"], "has no validation split"),
         (["--evaluate", tmp_path / "done", "--data", few, "--questions", -1], "cannot be negative"),
         (["--evaluate", tmp_path / "done", "--data", few, "--blind"], "--evaluate takes no --blind"),
         ([*tiny, "--blind_model", tmp_path / "done"], "--blind_model goes with --evaluate"),
+        ([*tiny, "--questions", 3], "--readme and --questions are for scores"),
         ([*tiny, "--model", '{"vision": {}}'], "setting model: 'decoder'"),
         ([*tiny, "--model", '{"vision": {"hidden_size": "8"}, "decoder": {}}'], "setting model: hidden_size is '8'"),
         ([*tiny, "--image_aspect_ratio", "wide"], "image_aspect_ratio 'wide': expected pad"),

@@ -105,11 +105,11 @@ class TrainConfig:
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
-            value, kind = getattr(self, f.name), type(f.default_factory())
-            if type(value) is not kind and not (kind is float and type(value) is int):
-                raise InputError(f"setting {f.name}: got {value!r}, expected {kind.__name__}")
-            if kind in (int, float) and not value >= (f.name == "batch_rows"):  # nan neither
-                raise InputError(f"setting {f.name}: got {value}, expected at least {int(f.name == 'batch_rows')}")
+            value, least = getattr(self, f.name), int(f.name == "batch_rows")
+            if type(value) is not f.type and not (f.type is float and type(value) is int):
+                raise InputError(f"setting {f.name}: got {value!r}, expected {f.type.__name__}")
+            if f.type in (int, float) and not least <= value < math.inf:  # nan neither
+                raise InputError(f"setting {f.name}: got {value}, expected at least {least}, finite")
         if self.fusion == "none" and self.fusion_fields:
             raise InputError("setting fusion_fields: of which fusion? Name its preset with fusion")
         if self.objective not in ("answers", "contrast"):
@@ -125,27 +125,22 @@ NANO_FUSION = {"decoder_layers": "0,1,2", "vision_levels": "1,2,4,6", "lora_rank
                "agf_norm": True, "level_norm": True, "gate_bias_init": -2.0}
 
 
-def recipe_nano(quick=False):
-    """The paper in small. What its SigLIP brings along is made first: an encoder that tells drawings apart by what they
-    are called. Then a one-to-one model learns to name them, alone and in scenes, and from it starts the instruction
-    tuning, with the fusion. Muon, as AdamW taught the same encoder much less in the same time."""
-    def stage(steps, quick_steps, split, **settings):
-        return {"split": split, "steps": quick_steps if quick else steps, "eval_every": 0, "muon": 10.0, **settings}
-
-    return {
-        "encode": stage(1200, 300, "encode", image_aspect_ratio="pad", objective="contrast", batch_rows=256,
-                        batch_tokens=32768, lr_vision=2e-3),
-        "pretrain": stage(900, 120, "pretrain", init_from="encode", image_aspect_ratio="anyres_max_9",
-                          lr_decoder=2e-3),
-        # The gates wait: in early runs they shut while the early levels were of no use yet, and stayed shut.
-        "tune": stage(1300, 120, "train", init_from="pretrain", fusion="cli", fusion_fields=NANO_FUSION,
-                      gate_start=0.3, lr_vision=0.0, eval_every=250),
-        "blind": stage(500, 120, "train", blind=True, eval_every=250),
-    }
-
-
+# The paper in small. What its SigLIP brings along is made first: an encoder that tells drawings apart by what they are
+# called. Then a one-to-one model learns to name them, alone and in scenes, and from it starts the instruction tuning,
+# with the fusion. Muon, as AdamW taught the same encoder much less in the same time.
+NANO_STAGES = {
+    "encode": {"split": "encode", "steps": 1200, "objective": "contrast", "image_aspect_ratio": "pad", "muon": 10.0,
+               "batch_rows": 256, "batch_tokens": 32768, "lr_vision": 2e-3, "eval_every": 0},
+    "pretrain": {"split": "pretrain", "steps": 900, "init_from": "encode", "image_aspect_ratio": "anyres_max_9",
+                 "muon": 10.0, "lr_decoder": 2e-3, "eval_every": 0},
+    # The gates wait: in early runs they shut while the early levels were of no use yet, and stayed shut.
+    "tune": {"split": "train", "steps": 1300, "init_from": "pretrain", "fusion": "cli", "fusion_fields": NANO_FUSION,
+             "gate_start": 0.3, "muon": 10.0, "lr_vision": 0.0},
+    "blind": {"split": "train", "steps": 500, "blind": True, "muon": 10.0},
+}
+QUICK_STEPS = {"encode": 300, "pretrain": 120, "tune": 120, "blind": 120}
 RECIPES = {
-    "nano": recipe_nano(), "quick": recipe_nano(quick=True),
+    "nano": NANO_STAGES, "quick": {name: {**NANO_STAGES[name], "steps": n} for name, n in QUICK_STEPS.items()},
     "paper": {"cli": {  # LLaVA-OneVision's single-image stage with fresh AMP and AGF
         "init_from": "lmms-lab/llava-onevision-qwen2-0.5b-mid-stage-a4", "image_aspect_ratio": "anyres_max_9",
         "fusion": "cli", "data": "data/onevision", "epochs": 1.0, "batch_rows": 256, "batch_tokens": 32768,
@@ -250,7 +245,7 @@ def share_of_step(rows, order, rank, world, cfg):
     shares = [micro_batches(rows, share, cfg.batch_tokens) for share in shares]
     batches, most = shares[rank], max(map(len, shares))
     while cfg.shard and len(batches) < most:
-        longest = batches.pop(max(range(len(batches)), key=lambda i: len(batches[i])))
+        longest = batches.pop(batches.index(max(batches, key=len)))
         batches += [longest[::2], longest[1::2]]
     return batches
 
@@ -273,7 +268,7 @@ def rows_of_step(step, usable, cfg):
 def build_model(cfg, manifest):
     """A fresh or a pre-trained model, float32, with the data's tokenizer."""
     if cfg.init_from:
-        load = functools.partial(CLI.from_pretrained, cfg.init_from, vision=cfg.vision or None)
+        load = functools.partial(CLI.from_pretrained, cfg.init_from, vision=cfg.vision or None, seed=cfg.seed)
         base = load(quiet=True).config  # weights are memory-mapped: this reads next to nothing
         if not base.vision:
             raise InputError(f"{cfg.init_from} has no vision encoder: name one with --vision")
@@ -295,8 +290,9 @@ def build_model(cfg, manifest):
         decoder = cli.build(DecoderConfig, {**cfg.model["decoder"], "vocab_size": len(tokenizer)})
     except (AttributeError, KeyError, TypeError) as e:
         raise InputError(f"setting model: {e}") from e
-    stops = (tokenizer.id("<|im_end|>"), tokenizer.id("<|endoftext|>"))
-    config = Config(vision=vision, decoder=decoder, fusion=make_fusion(cfg, decoder, vision), eos_token_ids=stops)
+    template = manifest["template"]
+    config = Config(vision=vision, decoder=decoder, fusion=make_fusion(cfg, decoder, vision), template=template,
+                    eos_token_ids=(tokenizer.id(cli.TEMPLATES[template][3]),))
     model = CLI(config).init_weights(seed=cfg.seed)
     model.tokenizer = tokenizer
     return model
@@ -329,11 +325,10 @@ def part_of_parameter(name):
             "amp": "lr_fusion", "agf": "lr_fusion"}.get(part, "lr_decoder")
 
 
-def shard(model, cfg, device):
+def shard(model, cfg, device, world):
     """FSDP: a rank keeps its share of every weight, of its gradient and of its optimiser state. A decoder layer is put
     together when it is computed, all the rest at the start of a forward pass: the vision tower too, for a rank whose
     rows have no picture must still take part in every exchange."""
-    world = dist.get_world_size() if dist.is_initialized() else 1
     if world == 1 or cfg.batch_rows % world or cfg.muon or cfg.objective == "contrast" or not cfg.lr_decoder:
         raise InputError("--shard needs several ranks (torchrun), a --batch_rows that they share evenly, --lr_decoder "
                          "above 0, no --muon and --objective answers")
@@ -363,11 +358,10 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure=None):  # get_state_dict calls step(closure=None)
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is not None:
-                    mean = self.state[p].setdefault("mean", torch.zeros_like(p)).lerp_(p.grad, 1 - self.momentum)
-                    update = self.orthogonal(p.grad.lerp(mean, self.momentum))  # Nesterov's look ahead
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(update, alpha=-group["lr"] * max(1, p.size(0) / p.size(1)) ** 0.5)
+                mean = self.state[p].setdefault("mean", torch.zeros_like(p)).lerp_(p.grad, 1 - self.momentum)
+                update = self.orthogonal(p.grad.lerp(mean, self.momentum))  # Nesterov's look ahead
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update, alpha=-group["lr"] * max(1, p.size(0) / p.size(1)) ** 0.5)
 
     def orthogonal(self, update):
         a, b, c = 3.4445, -4.7750, 2.0315
@@ -457,8 +451,8 @@ def backward(model, batches, total, autocast, objective="answers"):
         fed += len(batch["tokens"]) + sum(cli.visual_tokens(p, model.config) - 1 for p in batch["pictures"])
         seen = torch.stack([(t == IMAGE_TOKEN).any() for t in batch["tokens"].split(batch["seqlens"])])
         for l, w in new.items():  # W of a row without a picture says nothing
-            gates.setdefault(l, []).append(w[seen].mean().item())
-    return loss_sum, {l: round(sum(w) / len(w), 4) for l, w in gates.items()}, fed
+            gates.setdefault(l, []).append(w[seen])
+    return loss_sum, {l: round(torch.cat(w).mean().item(), 4) for l, w in gates.items()}, fed
 
 
 def sum_over_ranks(model, loss):
@@ -552,9 +546,8 @@ def train(cfg):
     # Sharded weights are there for one layer at a time: their copies in bfloat16 must not stay either.
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=not cfg.shard)
 
-    torch.manual_seed(cfg.seed)
     model = build_model(cfg, manifest)
-    shard(model, cfg, device) if cfg.shard else model.to(device)
+    shard(model, cfg, device, world) if cfg.shard else model.to(device)
     if cfg.image_aspect_ratio:
         model.config = dataclasses.replace(model.config, image_aspect_ratio=cfg.image_aspect_ratio, grid_pinpoints=())
     model.vision.checkpointing = model.decoder.checkpointing = cfg.checkpointing
@@ -795,11 +788,6 @@ def evaluate(source, blind_source, data, readme=None, device="auto", limit=0):
 # Command line
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise InputError(message)
-
-
 def unknown_name(text, name, known):
     near = difflib.get_close_matches(name, known, 1)
     return InputError(text + (f": did you mean {near[0]}?" if near else ""))
@@ -808,7 +796,7 @@ def unknown_name(text, name, known):
 def parse(argv):
     """-> (arguments of the program, [TrainConfig of every stage])"""
     fields = {f.name: f for f in dataclasses.fields(TrainConfig)}
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = cli.Parser(description=__doc__)
     parser.add_argument("--recipe", choices=list(RECIPES), default="nano", help="ready-made stages (default: nano)")
     parser.add_argument("--config", help="JSON file of your own settings, or of a list of stages, instead of a recipe")
     parser.add_argument("--evaluate", metavar="MODEL", help="score a model on the validation splits; train nothing")
@@ -833,6 +821,8 @@ def parse(argv):
         raise InputError(f"--evaluate takes no --{min(extra)}: it scores a model as it is, on all validation splits")
     if args.blind_model and not args.evaluate:
         raise InputError("--blind_model goes with --evaluate")
+    if (args.readme or args.questions) and not args.evaluate and (args.config or args.recipe == "paper"):
+        raise InputError("--readme and --questions are for scores: with --evaluate, or the recipes nano and quick")
     stages = read_stages(args.config) if args.config else RECIPES[args.recipe]
     base = Path(args.out or f"out/{Path(args.config).stem if args.config else args.recipe}")
     # A fusion is for the stages that have one, not for what others start from, nor for the blind twin.
@@ -858,10 +848,7 @@ def parse(argv):
 
 def read_stages(path):
     """A JSON file of settings, or of a list of them -> {name of a stage: its settings}."""
-    try:
-        stages = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise InputError(f"{path}: {e}") from e
+    stages = cli.read_json(path, kind=object)
     stages = {f"stage{i}": stage for i, stage in enumerate(stages)} if isinstance(stages, list) else {"": stages}
     if not all(isinstance(stage, dict) for stage in stages.values()):
         raise InputError(f"{path}: expected a JSON object of settings, or a list of such objects")
