@@ -43,7 +43,7 @@ import train
 from assets.emoji import scenes
 from cli import CLI, IGNORE, IMAGE_TOKEN, PRESETS, Config, DecoderConfig, FusionConfig, InputError, VisionConfig
 from experiments import fusion as study
-from experiments import fusion_probe, fusion_report
+from experiments import fusion_probe, fusion_report, one_kind
 from experiments.tasks.nano import utils as nano_task
 
 torch.set_num_threads(1)  # the models are tiny: a second thread only waits
@@ -3267,6 +3267,31 @@ def test_evaluate_generates(few, tmp_path):
     assert means.keys() == opened.keys() and len(lines) == 9
     for kind, found in opened.items():
         assert closeness(torch.tensor(list(means[kind].values())), torch.stack(found).mean(0)) < 1e-4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# experiments/one_kind.py
+
+
+def test_one_kind(emoji, tmp_path, monkeypatch):
+    """Rows of one kind alone, the corpus as it was afterwards; scores are those of the questions of that kind; what
+    counts as failed."""
+    before = dict(scenes.QUESTIONS)
+    one_kind.make_rows("clock", 30, tmp_path, emoji)
+    assert scenes.QUESTIONS == before
+    assert {kind.removesuffix("-zh") for *_, kind in rows_of(tmp_path, "train")} == {"clock"}
+    monkeypatch.setattr(train, "answers", lambda model, rows, name: [
+        (kind, "four", "four" if i % 2 else "five", {}) for i, kind in enumerate(rows.kinds)])  # fmt: skip
+    asked = [kind for *_, kind in rows_of(emoji, "val_seen") if kind in ("clock", "clock-zh")]
+    model = CLI(Config(**{part: cli.build(sizes, TINY[part]) for part, sizes in
+                          (("vision", cli.VisionConfig), ("decoder", cli.DecoderConfig))}))  # fmt: skip
+    found = one_kind.score(model, "clock", emoji, ["val_seen"])
+    assert found == {"val_seen": {"n": len(asked), "model": len(asked) // 2}}
+    counts = {"n": 100, "model": 50, "blind": 30, "majority": 20}
+    scores = {"val_seen": {"clock": counts, "kind": counts}, "val_concept": {"kind": {**counts, "blind": 31}}}
+    assert one_kind.failing(scores) == ["kind"]
+    result = {"rows": 640, "scores": {"val_seen": {"n": 8, "model": 6}}}
+    assert one_kind.table({"clock": result}, scores)[2:] == ["| clock | val_seen | 2,496 | 640 | 30 | 50 | 75 |"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

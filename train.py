@@ -2,7 +2,7 @@
 
     python train.py                                 the bundled nano model again: encode, pretrain, tune, blind, scores
     python train.py --recipe quick                  the same in a few minutes, to see it work
-    python train.py --recipe paper --data data/onevision    the paper's protocol, from a LLaVA-OneVision checkpoint
+    python train.py --recipe paper                  the paper's protocol, from a LLaVA-OneVision checkpoint
     python train.py --config run.json --seed 1      your own: a JSON object of the settings below, or a list of stages
     python train.py --evaluate assets/nano          accuracy by kind of question on the validation splits
     torchrun --nproc_per_node=2 train.py ...        several ranks share every step's rows, with --shard the weights too
