@@ -12,7 +12,6 @@ JSON file a kind; the same command goes on with those that are missing.
 import argparse
 import json
 import sys
-import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent.parent
@@ -69,11 +68,10 @@ def run(kind, args, among):
     # a scene takes as long as three single things
     steps, work = args.steps or (400 if kind in SINGLE else 200), args.work / kind
     make_rows(kind, steps * ROWS, work / "data", args.nano / "pretrain")
-    begun = time.time()
     cfg = train.TrainConfig(**{**TUNE, "init_from": str(args.nano / "pretrain"), "data": str(work / "data"),
                                "out": str(work / "model"), "steps": steps})  # fmt: skip
     train.train(cfg)
-    seconds = round(time.time() - begun)
+    seconds = cli.read_json(Path(cfg.out) / "train.json")["seconds"]
     model = CLI.from_pretrained(cfg.out, dtype="float32", quiet=True)
     splits = [split for split, kinds in among.items() if kind in kinds]
     return {"kind": kind, "steps": steps, "rows": steps * ROWS, "commit": train.commit(), "seconds": seconds,
