@@ -196,7 +196,8 @@ def write_reference(folder, reference, layout, **kwargs):
         inside = "model.vision_tower.vision_tower."
         tower = {n.removeprefix(inside): tensors.pop(n) for n in list(tensors) if n.startswith(inside)}
         tower["vision_model.embeddings.position_ids"] = torch.arange(SIDE**2 + 1)[None]  # an int buffer of old files
-        tower["text_model.final_layer_norm.weight"] = torch.ones(8)
+        for name in ("text_model.final_layer_norm.weight", "visual_projection.weight", "text_projection.weight"):
+            tower[name] = torch.ones(8)
         tower["logit_scale"] = torch.tensor(2.6)
         write(folder / "clip", {"model_type": "clip", "vision_config": CLIP, "projection_dim": 16}, tower)
         config = original_config(reference, mm_vision_tower=str(folder / "clip"))
@@ -376,14 +377,16 @@ def test_clip_hidden_states(tmp_path):
         assert closeness(ours[level], theirs[level][:, 1:]) < 1e-5, f"level {level}"
 
 
-@pytest.mark.parametrize("kind", ["qwen2 tied", "qwen2 untied", "llama"])
+@pytest.mark.parametrize("kind", ["qwen2 tied", "qwen2 untied", "qwen2 with wide heads", "llama"])
 def test_bare_decoder_logits(kind, tmp_path):
-    """Text logits of a bare Qwen2 (grouped heads, biases, tied or not) and a bare LLaMA equal transformers'."""
+    """Text logits of a bare Qwen2 (grouped heads, biases, tied or not, heads that are not width / heads wide) and a
+    bare LLaMA equal transformers'."""
     if kind == "llama":
         config = transformers.LlamaConfig(**TEXT, tie_word_embeddings=False)
         reference = perturb(transformers.LlamaForCausalLM(config))
     else:
-        config = transformers.Qwen2Config(**TEXT, tie_word_embeddings=kind == "qwen2 tied")
+        wide = {"head_dim": 12} if "wide" in kind else {}
+        config = transformers.Qwen2Config(**TEXT, **wide, tie_word_embeddings=kind == "qwen2 tied")
         reference = perturb(transformers.Qwen2ForCausalLM(config))
     reference.save_pretrained(tmp_path)
     model = load(tmp_path)
@@ -391,10 +394,12 @@ def test_bare_decoder_logits(kind, tmp_path):
     assert model.vision is None
     assert closeness(model.logits(tokens, []), reference_logits(reference, tokens, [])) < 1e-4
     fails(lambda: load(tmp_path, fusion="cli"), "no vision encoder")
+    fails(lambda: model.logits(prompt(1), [picture(18, 18)]), "takes text only")
 
 
-# From 64x48 on the tiles are shrunk; 74x74 needs the original's floor division of floats.
-SIZES = [(18, 18), (1, 1), (30, 20), (20, 30), (100, 20), (108, 7), (5, 108), (64, 48), (108, 108), (97, 53), (74, 74)]
+# From 64x48 on the tiles are shrunk, those of 99x36 just so; 74x74 needs the original's floor division of floats.
+SIZES = [(18, 18), (1, 1), (30, 20), (20, 30), (100, 20), (108, 7), (5, 108), (64, 48), (108, 108), (97, 53), (74, 74),
+         (99, 36)]  # fmt: skip
 
 
 @pytest.mark.parametrize("size", SIZES, ids="{0[0]}x{0[1]}".format)
@@ -422,6 +427,15 @@ def test_llava15_logits(layout, tmp_path):
     for size in [(18, 18), (1, 1), (40, 25), (7, 80), (100, 20)]:
         compare(model, llava15(), prompt(), [picture(*size)])
     compare(model, llava15(), prompt(2), [picture(40, 25), picture(7, 80)])
+
+
+def test_a_named_vision_encoder_is_the_one_that_is_read(tmp_path):
+    """`vision` goes before the encoder that config.json names, which may not be there."""
+    write_reference(tmp_path, llava15(), "original")
+    raw = json.loads((tmp_path / "config.json").read_text()) | {"mm_vision_tower": "nobody/nothing"}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    fails(lambda: load(tmp_path), "nobody/nothing")
+    compare(load(tmp_path, vision=tmp_path / "clip"), llava15(), prompt(), [picture(30, 20)])
 
 
 @pytest.mark.parametrize("binary", [True, False], ids=["bin", "safetensors"])
@@ -589,6 +603,9 @@ def test_load_image_kinds(tmp_path):
     buffer = io.BytesIO()
     deep.save(buffer, "PNG")
     assert np.array(cli.load_image(buffer.getvalue()))[0, :, 0].tolist() == [0, 200, 255]
+    raw = np.array([0, 51400, 65535], ">u2").tobytes()  # big-endian, which Pillow opens in other modes
+    assert np.array(cli.load_image(b"P5 3 1 65535\n" + raw))[0, :, 0].tolist() == [0, 200, 255]
+    assert np.array(cli.load_image(Image.frombytes("I;16B", (3, 1), raw)))[0, :, 0].tolist() == [0, 200, 255]
 
     frames = [Image.new("RGB", (3, 3), colour) for colour in ("red", "blue")]
     frames[0].save(tmp_path / "two.gif", save_all=True, append_images=frames[1:])
@@ -905,6 +922,13 @@ def test_layer_lists_and_presets():
         fusion = cli.fusion_preset(name, 28, 26, "RANGE-1-28-4", "RANGE-1-26-4")
         assert fusion.routes == routes.get(name, tuple((l, sampled) for l in sampled)), name
         assert (fusion.projector, fusion.gate) == parts[name], name
+    # as many of the first layers as there are injection points, be there more levels or fewer
+    assert cli.fusion_preset("sli", 28, 26, "3,7", "1,2,4").routes == ((0, (1,)), (1, (2,)))
+    assert cli.fusion_preset("deepstack", 28, 26, "3,7", "1,2,4").routes == ((0, (26,)), (1, (26,)))
+    assert dataclasses.asdict(cli.FusionConfig()) == dict(  # README, "Choices where the paper is silent"
+        routes=(), projector="shared", gate="none", lora_rank=128, lora_alpha=256.0, lora_per="pair", agf_heads=0,
+        agf_attention="shared", agf_order="sequential", agf_context="prompt", inject_at="input", gate_bias_init=0.0,
+        agf_norm=False, level_norm=False)  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -958,6 +982,9 @@ def test_batch_equals_each_alone():
         gates.append(model.gates)
     prompts, images = [t for t, _ in REQUESTS], [i for _, i in REQUESTS]
     assert decode(model, prompts, images, max_new_tokens=12) == alone
+    penalised = [decode(model, [p], [i], max_new_tokens=12, repetition_penalty=1.6)[0] for p, i in zip(prompts, images)]
+    assert decode(model, prompts, images, max_new_tokens=12, repetition_penalty=1.6) == penalised != alone
+    decode(model, prompts, images, max_new_tokens=1)
     for i in (0, 2):
         for l, w in model.gates.items():
             assert closeness(w[i], gates[i][l][0]) < 1e-5
@@ -1067,6 +1094,23 @@ def test_sampling_options():
     assert draws[0] == draws[1] != draws[2]
 
 
+def test_choose_combines_its_options():
+    """The penalty holds when sampling, top-p also behind top-k, each row of a batch has its own k likeliest, and k may
+    be more than there are words."""
+    seen, generator = torch.tensor([[True, False, False, False]]), torch.Generator().manual_seed(0)
+    four = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log() + 3  # all above 0: a penalty makes less of what was said
+
+    def drawn(logits, seen, *options):
+        return {tuple(cli.choose(logits, seen, *options, generator).tolist()) for _ in range(200)}
+
+    assert drawn(four, seen, 50.0, 1.0, 1, 1.0) == {(1,)}
+    assert drawn(four, ~seen, 50.0, 0.01, 0, 1.0) == {(0,)}
+    assert drawn(four, ~seen, 1.0, 1.0, 3, 0.5) == {(0,), (1,)}  # of 0.44, 0.33 and 0.22, the first two make the half
+    assert drawn(four, ~seen, 1.0, 1.0, 9, 1.0) == {(0,), (1,), (2,), (3,)}
+    both = torch.cat([four, four.flip(1) - 9])
+    assert drawn(both, seen.repeat(2, 1) & False, 1.0, 1.0, 2, 1.0) == {(0, 3), (0, 2), (1, 3), (1, 2)}
+
+
 def test_sampling_keeps_to_the_k_likeliest():
     """With top_k=3 every sampled id is among the three most likely, and all three occur."""
     model = tiny(eos_token_ids=())
@@ -1088,6 +1132,13 @@ def test_chat_keeps_its_cache():
     second = decode(model, [more], max_new_tokens=6, cache=cache)[0]
     whole = torch.cat([tokens, torch.tensor(first[:fed]), more])
     assert second == decode(model, [whole], [images], max_new_tokens=6)[0]
+    cache = cli.KVCache(model.config.decoder, 2, 32)  # two conversations side by side
+    starts, turns = ([prompt(0, n, seed=n) for n in lengths] for lengths in ((9, 14), (5, 7)))
+    with torch.no_grad():
+        for parts in (starts, turns):
+            logits, _ = model(torch.cat(parts), seqlens=[len(part) for part in parts], cache=cache, select="last")
+    for b, (start, turn) in enumerate(zip(starts, turns)):
+        assert closeness(logits[b], model.logits(torch.cat([start, turn]))[-1]) < 1e-4
 
 
 def test_loss_is_the_shifted_cross_entropy():
@@ -1116,8 +1167,10 @@ def test_loss_is_the_shifted_cross_entropy():
 
 
 @pytest.mark.parametrize("gate", ["scalar", "vector"])
-def test_gradient_checkpointing_changes_nothing(gate):
+def test_gradient_checkpointing_changes_nothing(gate, monkeypatch):
     """With activations recomputed, and with more than 1,024 supervised tokens, loss and gradients stay the same."""
+    checkpoint, recomputed = cli.checkpoint, []
+    monkeypatch.setattr(cli, "checkpoint", lambda *args, **kw: recomputed.append(on) or checkpoint(*args, **kw))
     model = tiny(preset("cli", gate=gate))
     tokens, images = prompt(1, 1100), [picture(30, 20)]
     labels = torch.where(torch.arange(len(tokens)) >= 10, tokens, IGNORE)
@@ -1131,6 +1184,7 @@ def test_gradient_checkpointing_changes_nothing(gate):
         (loss / count).backward()
         results.append((loss.item(), {n: p.grad.clone() for n, p in model.named_parameters()}))
     assert runs == [False] * 2 + [True] * 4  # a second time in the backward pass
+    assert recomputed == [False] * 2 + [True] * (BLOCKS + LAYERS + 2)  # logits of 1,024 positions at a time always
     logits = model(tokens, pictures, context=labels == IGNORE)[0]
     plain = F.cross_entropy(logits[-count - 1 : -1], labels[-count:], reduction="sum")
     assert count == 1091 and results[0][0] == results[1][0] == pytest.approx(plain.item(), rel=1e-5)
@@ -1418,32 +1472,42 @@ def test_config_fields_of_the_originals():
     shapes, raw = PUBLISHED["lmms-lab 0.5B"][:2]
     full = cli.read_layout(raw, shapes)[0]
     assert len(full.grid_pinpoints) == 36 and full.max_tiles == 9 and full.template == "qwen_1_5" and full.newline
+    assert (full.vision.num_attention_heads, full.vision.layer_norm_eps) == (16, 1e-6)  # nobody says so but SigLIP
     narrow = [[384, 768], [384, 1152]]  # original: (w, h), upright; transformers: (h, w), lying
     mid = cli.read_layout(dict(raw, image_aspect_ratio="anyres", image_grid_pinpoints=narrow), shapes)[0]
     assert mid.grid_pinpoints == ((384, 768), (384, 1152)) and mid.max_tiles is None
     shapes_hf, raw_hf = PUBLISHED["llava-hf OneVision 0.5B"][:2]
     left_out = cli.read_layout(raw_hf, shapes_hf)[0]  # transformers writes no field that has its default
     assert left_out.decoder.max_position_embeddings == 32768 and left_out.eos_token_ids == (151645, 151643)
+    assert left_out.decoder.rms_norm_eps == 1e-6
+    assert cli.read_layout(dict(raw_hf, vision_aspect_ratio="anyres_max_4"), shapes_hf)[0].max_tiles == 4
+    chat = cli.read_layout(dict(raw, eos_token_id=151643), shapes)[0]  # a base decoder's own mark: <|im_end|> too
+    assert chat.eos_token_ids == (151645, 151643)
     turned = cli.read_layout(dict(raw_hf, image_grid_pinpoints=narrow), shapes_hf)[0]
     assert turned.grid_pinpoints == ((768, 384), (1152, 384))
     assert cli.kept_area((2304, 2304), (6, 6), 27, None)[1] == (162, 162)
     generation = {"eos_token_id": [151645, 151643], "repetition_penalty": 1.1, "do_sample": True}
     config = cli.read_layout(raw, shapes, generation=generation)[0]
     assert config.eos_token_ids == (151645, 151643) and config.repetition_penalty == 1.1
+    assert cli.read_layout(raw, shapes, generation={"eos_token_id": [7, 8]})[0].eos_token_ids == (7, 8)
     shapes_15, raw_15 = PUBLISHED["llava-hf LLaVA-1.5-7B"][:2]
     old = cli.read_layout(raw_15, shapes_15)[0]
     assert (old.image_aspect_ratio, old.newline, old.template, old.eos_token_ids) == ("pad", False, "vicuna_v1", (2,))
-    assert old.vision.image_mean == CLIP_MEAN and old.vision.layer_norm_eps == 1e-5
+    assert (old.vision.image_mean, old.vision.image_std, old.vision.layer_norm_eps) == (CLIP_MEAN, CLIP_STD, 1e-5)
+    assert cli.read_layout(dict(raw_15, vision_feature_layer=-1), shapes_15)[0].vision.num_hidden_layers == 24
+    mistral = dict(raw_15["text_config"], sliding_window=4096)
+    fails(lambda: cli.read_layout(dict(raw_15, text_config=mistral), shapes_15), "sliding_window 4096")
     assert (old.decoder.rms_norm_eps, old.decoder.rope_theta, old.decoder.num_attention_heads) == (1e-5, 1e4, 32)
     assert (full.decoder.rope_theta, full.decoder.head_dim, full.vision.image_size) == (1e6, 64, 384)
     assert Config.from_dict(json.loads(json.dumps(old.to_dict()))) == old
 
 
-def foreign_checkpoint(folder, fusion, agf, amp, separate=False, flat=False):
+def foreign_checkpoint(folder, fusion, agf, amp, separate=False, flat=False, second="query_hidden"):
     """A CLI checkpoint over the original layout, its AMP and AGF tensors under names never seen before.
 
-    agf: pattern of l and rest; amp: pattern of l, j (place in the route), k (level) and side (A or B); separate: q, k
-    and v projections apart; flat: the gate's weight is (2 D,). -> the model it came from
+    agf: pattern of l, n (l's place among the layers) and rest; amp: of l, n, j (place in the route), k (level) and side
+    (A or B); separate: q, k and v projections apart; flat: the gate's weight is (2 D,); second: the name of query_h.
+    -> the model it came from
     """
     model = tiny(fusion, seed=8)
     state, tensors = model.state_dict(), published_tensors(onevision(False), "original")
@@ -1453,19 +1517,19 @@ def foreign_checkpoint(folder, fusion, agf, amp, separate=False, flat=False):
     routes = dict(fusion.routes)
     for name, tensor in state.items():
         part, l, rest = (name + "..").split(".", 2)
-        rest = rest.strip(".")
+        rest, n = rest.strip("."), list(routes).index(int(l)) if l.isdecimal() and int(l) in routes else None
         if part == "amp" and fusion.lora_per == "pair":
             j, side, _ = rest.split(".")
-            tensors[amp.format(l=l, j=j, k=routes[int(l)][int(j)], side=side)] = tensor
+            tensors[amp.format(l=l, n=n, j=j, k=routes[int(l)][int(j)], side=side)] = tensor
         elif part == "amp":
             tensors[amp.format(k=l, side=rest[0])] = tensor
         elif part == "agf" and separate and "in_proj" in rest:
             for letter, third in zip("qkv", tensor.chunk(3)):
-                tensors[agf.format(l=l, rest=rest.replace("in_proj_", f"{letter}_proj."))] = third
+                tensors[agf.format(l=l, n=n, rest=rest.replace("in_proj_", f"{letter}_proj."))] = third
         elif part == "agf":
-            rest = rest.replace("query_v", "query_visual").replace("query_h", "query_hidden")
+            rest = rest.replace("query_v", "query_visual").replace("query_h", second)
             tensor = tensor[0] if flat and rest == "gate.weight" else tensor
-            tensors[agf.format(l=l, rest=rest)] = tensor.view(1, 1, -1) if "query" in rest else tensor
+            tensors[agf.format(l=l, n=n, rest=rest)] = tensor.view(1, 1, -1) if "query" in rest else tensor
     write(folder, original_config(onevision(False)), {n: t.clone() for n, t in tensors.items()})
     return model
 
@@ -1486,11 +1550,16 @@ FOREIGN = {  # fusion, names, what the user has to add
         dict(), dict(agf="model.layers.{l}.gating.{rest}", amp="model.layers.{l}.adapters.{j}.{side}.weight"),
         {"vision_levels": "0,2,3"},
     ),
+    "places of both in the names": (
+        dict(), dict(agf="model.fusion.{n}.{rest}", amp="model.amp.{n}.{j}.{side}.weight", second="query_text"),
+        {"decoder_layers": "1,3", "vision_levels": "0,2,3"},
+    ),
     "an adapter per level, vector gate": (
         dict(lora_per="level", gate="vector"), dict(agf="model.agf_{l}.{rest}", amp="model.amp_{k}.{side}.weight"), {},
     ),
     "q, k and v apart": (
-        dict(), dict(agf="model.fusion.{l}.{rest}", amp="model.amp.{l}.{k}.{side}.weight", separate=True), {},
+        dict(), dict(agf="model.fusion.{l}.{rest}", amp="model.amp.{l}.{k}.{side}.weight", separate=True,
+                     second="query_h"), {},
     ),
     "the gate's weight as a vector": (
         dict(), dict(agf="model.fusion.{l}.{rest}", amp="model.amp.{l}.{k}.{side}.weight", flat=True), {},
@@ -1504,8 +1573,9 @@ def test_foreign_tensors_known_by_shape(case, tmp_path):
     fields, names, key_map = FOREIGN[case]
     model = foreign_checkpoint(tmp_path, preset("cli", lora_alpha=5.0, **fields), **names)
     if key_map:  # 0, 1, 2: levels, or places in a list? only the user knows
-        fails(lambda: load(tmp_path), *key_map)
+        fails(lambda: load(tmp_path), next(iter(key_map)))
     check_foreign(tmp_path, model, key_map | {"lora_alpha": 5.0})
+    assert load(tmp_path, key_map=key_map).config.fusion.lora_alpha == 2 * 4  # not said: twice the rank
 
 
 def test_foreign_gate_without_its_values(tmp_path):
@@ -1530,8 +1600,14 @@ def test_foreign_tensors_with_a_key_map(tmp_path):
     """Names that say nothing load through the patterns of a key-map file."""
     model = foreign_checkpoint(tmp_path / "odd", preset("cli", lora_alpha=8.0), **ODD_NAMES)
     key_map = tmp_path / "map.json"
-    key_map.write_text(json.dumps({"patterns": ODD_PATTERNS, "vision_levels": "0,2,3", "lora_alpha": 8.0}))
+    text = json.dumps({"patterns": ODD_PATTERNS, "vision_levels": "0,2,3", "lora_alpha": 8.0})
+    key_map.write_text(text, encoding="utf-8-sig")  # as some editors do
     check_foreign(tmp_path / "odd", model, str(key_map))
+    split = preset("cli", lora_alpha=8.0, agf_attention="split")
+    model = foreign_checkpoint(tmp_path / "split", split, "model.gates.{l}.{rest}", "model.amp.{l}.{k}.{side}.weight",
+                               second="query_h")  # fmt: skip
+    patterns = [[r"^model\.gates\.(\d+)\.", r"agf.\1."], ["query_visual", "query_v"]]
+    check_foreign(tmp_path / "split", model, {"patterns": patterns, "lora_alpha": 8.0})
 
 
 def test_foreign_tensors_without_a_key_map(tmp_path):
@@ -1561,7 +1637,9 @@ def test_errors_of_pictures(tmp_path, monkeypatch):
     fails(lambda: cli.load_image(tmp_path / "absent.png"), "absent.png")
     fails(lambda: cli.load_image(tmp_path), tmp_path.name)
     fails(lambda: cli.load_image(b"no picture"), "picture: not a picture")
+    assert cli.MAX_PIXELS >= 108_000_000  # what telephones take
     monkeypatch.setattr(cli, "MAX_PIXELS", 100)
+    monkeypatch.setattr(cli.ImageOps, "exif_transpose", None)  # refused before anything is decoded
     picture(20, 20).save(tmp_path / "large.png")
     fails(lambda: cli.load_image(tmp_path / "large.png"), "large.png", "100")
 
@@ -1616,6 +1694,11 @@ def test_errors_of_folders(tmp_path, base):
     fails(lambda: load(tmp_path / "bin"), "pytorch_model.bin")
     torch.save({"state_dict": {}, "step": 3}, tmp_path / "bin" / "pytorch_model.bin")
     fails(lambda: load(tmp_path / "bin"), "'state_dict' is not a tensor")
+    torch.save({"weight": Path(tmp_path / "ran")}, tmp_path / "bin" / "pytorch_model.bin")  # no tensor: never unpickled
+    fails(lambda: load(tmp_path / "bin"), "pytorch_model.bin", "eights only")
+    for text in ("{", '{"a": 1}', "[]"):
+        (shutil.copytree(base, tmp_path / "words", dirs_exist_ok=True) / "tokenizer.json").write_text(text)
+        fails(lambda: load(tmp_path / "words"), "tokenizer.json: not a tokenizer")
     for index in ({}, {"weight_map": None}, {"weight_map": {"a": 3}}):
         (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
         fails(lambda: load(sharded), str(sharded))
@@ -1627,6 +1710,8 @@ def test_errors_of_foreign_configs(tmp_path):
     for fields, told in (({"hidden_act": "gelu"}, "gelu"), ({"num_attention_heads": None}, "config.json"),
                          ({"num_attention_heads": 0}, "config.json"), ({"rms_norm_eps": "1e-6"}, "rms_norm_eps"),
                          ({"text_config": "x"}, "config.json"), ({"vision_config": {"hidden_act": "gelu"}}, "gelu"),
+                         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "yarn"),
+                         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "llama3"),
                          ({"sliding_window": 8, "use_sliding_window": True}, "8")):  # fmt: skip
         fails(lambda fields=fields: load(write(tmp_path, raw | fields, tensors)), told)
     write(tmp_path, raw, tensors)
@@ -1687,6 +1772,10 @@ def test_a_fusion_is_not_exchanged(tmp_path):
     assert load(tmp_path, fusion=preset("cli")).config.fusion == load(tmp_path).config.fusion == preset("cli")
     for other in ("none", "amp", preset("amp")):
         fails(lambda other=other: load(tmp_path, fusion=other), "it has one of its own")
+    whole = load_file(tmp_path / "model.safetensors")
+    for part in ("amp.", "agf."):  # nor does a part of it that was lost start afresh beside the other
+        save_file({k: v for k, v in whole.items() if not k.startswith(part)}, tmp_path / "model.safetensors")
+        fails(lambda: load(tmp_path), "missing", part)
 
 
 def test_errors_of_prompts(base):
@@ -1703,7 +1792,11 @@ def test_errors_of_prompts(base):
     fails(lambda: model.logits(prompt(1, 9), one), "45", "40")
     fails(lambda: decode(model, [prompt(1, 9)], [one], max_new_tokens=2), "45", "40")
     fails(lambda: decode(model, [[]], [[]], max_new_tokens=2), "empty")
-    ids = decode(model, [prompt(0, 36)], max_new_tokens=100)[0]
+    assert len(model.logits(prompt(0, 40))) == 40, "a prompt that just fits"
+    cache = cli.KVCache(model.config.decoder, 1, 0)
+    decode(model, [prompt(0, 30)], max_new_tokens=3, cache=cache)
+    fails(lambda: decode(model, [prompt(0, 9)], max_new_tokens=2, cache=cache), "41 tokens", "40")  # 30, 2 fed, 9
+    ids = decode(model, [prompt(0, 36)], max_new_tokens=10**12)[0]
     assert len(ids) == 5, "generation ends where the context does"
     fails(lambda: decode(model, [[5, TEXT["vocab_size"]]], max_new_tokens=2), TEXT["vocab_size"], "another's tokenizer")
     pad = dataclasses.replace(model.config, image_aspect_ratio="pad")
@@ -1724,7 +1817,10 @@ def test_errors_of_options(base):
         fails(lambda spec=spec: cli.parse_layers(spec), repr(spec))
     fails(lambda: tiny_config(FusionConfig(routes=((LAYERS, (1,)),))), LAYERS)
     fails(lambda: tiny_config(FusionConfig(routes=((0, (BLOCKS + 1,)),))), BLOCKS + 1)
-    fails(lambda: FusionConfig(gate="scaler"), "scaler", "scalar")
+    for name in ("projector", "gate", "lora_per", "agf_attention", "agf_order", "agf_context", "inject_at"):
+        fails(lambda name=name: FusionConfig(**{name: "scaler"}), name, "scaler", getattr(FusionConfig(), name))
+    fails(lambda: tiny_config(FusionConfig(routes=((-1, (1,)),))), "route -1")
+    assert [tiny_config(image_aspect_ratio=f"anyres{n}").max_tiles for n in ("_max_12", "_max_9", "")] == [12, 9, None]
     fails(lambda: FusionConfig(lora_rank=0), "lora_rank=0")
     fails(lambda: Config(cli.VisionConfig(hidden_size=130, num_attention_heads=4)), "vision heads 4", "130")
     fails(lambda: Config(decoder=cli.DecoderConfig(num_key_value_heads=3)), "num_key_value_heads 3", "14")
@@ -1746,6 +1842,14 @@ def test_device_and_dtype(monkeypatch):
     assert cli.pick_dtype("auto", torch.device("mps"))[0] == torch.float16
     assert train.training_dtype("auto", torch.device("mps"))[0] == torch.float32
     fails(lambda: cli.pick_device("nonsense"), "'nonsense'")
+    assert 0.05 < cli.peak_memory(torch.device("cpu")) < 64  # GiB
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+    def without_cuda(*args, **kwargs):
+        raise AssertionError("Torch not compiled with CUDA enabled")
+
+    monkeypatch.setattr(torch, "empty", without_cuda)
+    fails(lambda: cli.pick_device("cuda"), "'cuda'", "not compiled")
 
 
 @pytest.mark.parametrize("program", [sample, prepare_data, train])
@@ -1804,14 +1908,15 @@ def test_a_file_that_cannot_be_written_is_one_line(tmp_path, capsys):
 # Other ways in
 
 
-def test_bare_parts_as_a_start(tmp_path, capsys):
+@pytest.mark.parametrize("alone", [False, True], ids=["with a text tower", "saved alone"])
+def test_bare_parts_as_a_start(alone, tmp_path, capsys):
     """Bare Qwen2 and bare SigLIP (one block more, head, text tower) start a model; what is fresh is said aloud."""
     whole = dict(SIGLIP, num_hidden_layers=BLOCKS + 1)
     tower = perturb(transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**whole)))
     tensors = {f"vision_model.{n}": t for n, t in tower.state_dict().items()}
     others = ("vision_model.head.probe", "vision_model.head.attention.in_proj_bias", "logit_scale", "logit_bias")
     tensors |= {n: torch.ones(1) for n in (*others, "text_model.embeddings.token_embedding.weight")}
-    write(tmp_path / "siglip", {"model_type": "siglip", "vision_config": whole}, tensors)
+    write(tmp_path / "siglip", whole if alone else {"model_type": "siglip", "vision_config": whole}, tensors)
     plain = perturb(transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**TEXT, tie_word_embeddings=True)))
     plain.save_pretrained(tmp_path / "qwen")
     model = CLI.from_pretrained(str(tmp_path / "qwen"), vision=str(tmp_path / "siglip"), fusion=preset("cli"))
@@ -1824,6 +1929,8 @@ def test_bare_parts_as_a_start(tmp_path, capsys):
         assert closeness(model.vision(pixels, [BLOCKS])[BLOCKS], theirs[BLOCKS]) < 1e-5
     assert closeness(model.logits(prompt(0), []), reference_logits(plain, prompt(0), [])) < 1e-4
     assert model.logits(prompt(1), [picture(30, 20)]).isfinite().all()
+    assert model.config.image_aspect_ratio == "anyres_max_9" and len(model.config.grid_pinpoints) == 36
+    assert model.image_newline.std().item() == pytest.approx(WIDTH**-0.5, rel=0.4)
 
 
 def test_dtype_and_tokenizer_travel(base, qwen, tmp_path):
@@ -1837,6 +1944,29 @@ def test_dtype_and_tokenizer_travel(base, qwen, tmp_path):
     assert load(tmp_path, dtype="float32").dtype == torch.float32
     logits = again.logits(prompt(), [picture(64, 48)]).float()
     assert closeness(logits, model.logits(prompt(), [picture(64, 48)])) < 0.5  # bf16 runs end to end
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", [{}, {"level_norm": True}, {"agf_norm": True, "gate": "vector"}])
+def test_half_precision(dtype, options, monkeypatch):
+    """A fused model in bfloat16 or float16: logits and gates come close to float32's, a batch is decoded, ids are
+    chosen in float32, and a loud channel of the encoder does not make its level vanish."""
+    model = tiny(preset("cli", **options), eos_token_ids=())
+    if dtype == torch.float16:
+        model.vision.position_embedding.weight.data[:, 3] = 300  # whose square it does not hold
+    tokens, images = REQUESTS[0]
+    pictures = prepare(images, model.config)
+    with torch.no_grad():
+        logits, gates = model(tokens, pictures)
+        half = model.to(dtype)
+        ours, ours_gates = half(tokens, pictures)
+    assert ours.dtype == dtype and closeness(ours.float(), logits) < 0.1 * logits.abs().max()
+    assert all(closeness(ours_gates[l], gates[l]) < 0.1 for l in gates)
+    choose, dtypes = cli.choose, set()
+    monkeypatch.setattr(cli, "choose", lambda scores, *rest: dtypes.add(scores.dtype) or choose(scores, *rest))
+    prompts, pictures = [t for t, _ in REQUESTS], [i for _, i in REQUESTS]
+    assert all(len(ids) == 4 for ids in decode(half, prompts, pictures, max_new_tokens=4))
+    assert dtypes == {torch.float32}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1857,8 +1987,8 @@ def asked(tmp_path_factory, qwen):
     return folder
 
 
-def run_sample(monkeypatch, capsys, *arguments, keys=None):
-    """sample.py in this process -> (exit status, standard output, standard error)"""
+def run_sample(monkeypatch, capsys, *arguments, keys=None, piped=""):
+    """sample.py in this process, `keys` typed on a terminal or `piped` in -> (exit status, standard output, error)"""
     lines = iter(keys or [])
 
     def typed(prompt=""):
@@ -1869,7 +1999,8 @@ def run_sample(monkeypatch, capsys, *arguments, keys=None):
 
     monkeypatch.setattr("sys.argv", ["sample.py", "--device", "cpu", "--dtype", "float32", *map(str, arguments)])
     monkeypatch.setattr("builtins.input", typed)
-    monkeypatch.setattr("sys.stdin", type("Terminal", (io.StringIO,), {"isatty": lambda self: keys is not None})())
+    terminal = type("Terminal", (io.StringIO,), {"isatty": lambda self: keys is not None})
+    monkeypatch.setattr("sys.stdin", terminal(piped))
     status = 0
     try:
         cli.run_program(sample.main)
@@ -1886,12 +2017,30 @@ def test_sample_without_arguments(monkeypatch, capsys):
 
 
 def test_sample_passes_its_options_on(asked, monkeypatch, capsys):
-    """Every flag of sampling reaches generate() as what it is."""
-    calls = []
+    """Every flag of sampling reaches generate(), in a batch too, and every flag of the model from_pretrained()."""
+    calls, loads, load = [], [], CLI.from_pretrained
     monkeypatch.setattr(CLI, "generate", lambda model, *options: calls.append(options) or iter(()))
-    run_sample(monkeypatch, capsys, "--model", asked, "--prompt", "x", "--max-new-tokens", 3, "--temperature", 0.5,
-               "--top-k", 4, "--top-p", 0.6, "--repetition-penalty", 1.7, "--seed", 8)  # fmt: skip
-    assert calls[0][2:] == (3, 0.5, 4, 0.6, 1.7, 8, None)
+    monkeypatch.setattr(CLI, "from_pretrained", lambda *args, **kw: loads.append((args, kw)) or load(*args))
+    (asked / "one.jsonl").write_text('{"prompt": "x"}')
+    for question in (["--prompt", "x"], ["--batch", asked / "one.jsonl", "--out", asked / "one_out.jsonl"]):
+        run_sample(monkeypatch, capsys, "--model", asked, *question, "--max-new-tokens", 3, "--temperature", 0.5,
+                   "--top-k", 4, "--top-p", 0.6, "--repetition-penalty", 1.7, "--seed", 8)  # fmt: skip
+        assert calls.pop()[2:] == (3, 0.5, 4, 0.6, 1.7, 8, None)
+    run_sample(monkeypatch, capsys, "--model", asked, "--prompt", "x", "--fusion", "sli", "--vision", "v", "--key-map",
+               "k", "--dtype", "bfloat16")  # fmt: skip
+    assert loads.pop() == ((str(asked),), dict(vision="v", fusion="sli", key_map="k", device=torch.device("cpu"),
+                                               dtype=torch.bfloat16))  # fmt: skip
+
+
+def test_sample_stops_at_an_interrupt(asked, monkeypatch, capsys):
+    """Ctrl-C during an answer: what was said so far, nothing after it, and the status of an interrupted program."""
+    def interrupted(model, *options):
+        yield [65]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(CLI, "generate", interrupted)
+    status, out, _ = run_sample(monkeypatch, capsys, "--model", asked, "--prompt", "x")
+    assert status == 130 and out.strip() == load(asked).tokenizer.decode([65]).strip()
 
 
 def test_sample_answers_and_draws(asked, monkeypatch, capsys):
@@ -1901,26 +2050,64 @@ def test_sample_answers_and_draws(asked, monkeypatch, capsys):
     assert status == 0 and "first token" in err and "vision level" in err
     status, out, _ = run_sample(monkeypatch, capsys, *common, "--image", asked / "a.png", "--json")
     result = json.loads(out)
-    assert status == 0 and result["answer"] == text.strip() and set(result["gates"]) == {"1", "3"}
+    assert status == 0 and result["answer"] == text.strip()
     heat = Image.open(asked / "g.png")
     assert heat.format == "PNG" and len(heat.getcolors(1 << 20)) > 10
     model = CLI.from_pretrained(asked, quiet=True)
     ids, _ = cli.encode_chat(model.tokenizer, "qwen_1_5", [("user", cli.user_content("What is this?", 1))])
     steps = list(model.generate([ids], [[Image.open(asked / "a.png")]], max_new_tokens=6))
     assert model.tokenizer.decode([i for (i,) in steps]).strip() == result["answer"]
+    for l, ks in model.config.fusion.routes:
+        weights = [result["gates"][str(l)].pop(str(k)) for k in ks]
+        assert not result["gates"].pop(str(l)) and weights == pytest.approx(model.gates[l][0].tolist(), abs=1e-4)
+    assert not result["gates"]
+    out = run_sample(monkeypatch, capsys, *common[:2], *common[4:], "--image", asked / "a.png", piped=common[3])[1]
+    assert out == text, "the same question on standard input"
     assert run_sample(monkeypatch, capsys, *common)[0] == 0
-    assert run_sample(monkeypatch, capsys, *common, "--image", asked / "a.png", "--image", asked / "a.png")[0] == 0
+    out = run_sample(monkeypatch, capsys, *common, "--image", asked / "a.png", "--image", asked / "a.png", "--json")[1]
+    ids, _ = cli.encode_chat(model.tokenizer, "qwen_1_5", [("user", cli.user_content("What is this?", 2))])
+    steps = list(model.generate([ids], [[Image.open(asked / "a.png")] * 2], max_new_tokens=6))
+    assert json.loads(out)["answer"] == model.tokenizer.decode([i for (i,) in steps]).strip()
+    assert json.loads(out)["visual_tokens"] == 2 * (SIDE**2 + 1), "each one crop"
 
 
-def test_sample_chat_keeps_its_cache(asked, monkeypatch, capsys):
+def test_heat_map_shows_each_weight_in_its_place(tmp_path, monkeypatch):
+    """Rows are decoder layers, columns vision levels, in the order and with the numbers that they have."""
+    gates, written = {1: {0: 0.0, 3: 0.25}, 5: {0: 0.5, 3: 1.0}}, {}
+    text = sample.ImageDraw.ImageDraw.text
+
+    def note(draw, at, shown, *rest, **options):
+        written[shown] = at
+        return text(draw, at, shown, *rest, **options)
+
+    monkeypatch.setattr(sample.ImageDraw.ImageDraw, "text", note)
+    sample.draw_gates([("What?", gates)], tmp_path / "g.png")
+    image = Image.open(tmp_path / "g.png")
+    for l, row in gates.items():
+        for k, w in row.items():
+            x, y = written[f"{w:.2f}"]
+            assert abs(x - written[str(k)][0]) < 2 and abs(y - written[str(l)][1]) < 2, "under its level, beside its layer"
+            red = image.getpixel((int(x) - 20, int(y) - 20))[0]  # in the corner of the cell
+            assert red == round(255 - 220 * w)
+    shown = sample.gates_text(gates).splitlines()
+    assert shown[1].split() == ["0", "3"] and [line.split()[0] for line in shown[2:]] == ["1", "5"]
+    assert [[word for word in line.split() if "." in word] for line in shown[2:]] == [["0.00", "0.25"], ["0.50", "1.00"]]
+
+
+@pytest.mark.parametrize("ends", [False, True], ids=["cut off", "ends by itself"])
+def test_sample_chat_keeps_its_cache(ends, asked, tmp_path, monkeypatch, capsys):
     """A second turn, fed behind the cache, is answered as the whole conversation fed at once."""
     keys = ["What is this?", "And why?"]
-    common = ["--model", asked, "--image", asked / "a.png", "--max-new-tokens", 4]
-    status, out, _ = run_sample(monkeypatch, capsys, *common, keys=keys)
-    answers = out.splitlines()
     model = CLI.from_pretrained(asked, quiet=True)
     ids, _ = cli.encode_chat(model.tokenizer, "qwen_1_5", [("user", cli.user_content(keys[0], 1))])
     first = [i for (i,) in model.generate([ids], [[Image.open(asked / "a.png")]], max_new_tokens=4)]
+    if ends:  # a model for which the fourth token is the end mark
+        assert first[3] not in first[:3]
+        model.config = dataclasses.replace(model.config, eos_token_ids=(first.pop(),))
+    model.save_pretrained(tmp_path)
+    common = ["--model", tmp_path, "--image", asked / "a.png", "--max-new-tokens", 4]
+    status, out, _ = run_sample(monkeypatch, capsys, *common, keys=keys)
+    answers = out.splitlines()
     whole = ids + first + cli.encode_chat(model.tokenizer, "qwen_1_5", [("user", keys[1])], start=False)[0]
     # what is let in depends on the prompt up to the first answer alone, as in training
     context = torch.tensor([True] * len(ids) + [False] * (len(whole) - len(ids)))
@@ -1956,16 +2143,24 @@ def test_sample_chat_survives_an_interrupt(asked, monkeypatch, capsys):
 def test_sample_batch_resumes(asked, monkeypatch, capsys):
     """--batch answers as one by one; a torn last line is redone, a bad picture told; other files are kept."""
     rows = [{"prompt": f"What is {i}?", "image": "a.png", "id": i} for i in range(5)]
+    rows[1]["answer"] = "of another model"
+    rows.insert(1, {"prompt": "Which?", "image": "none.png"})  # among good ones
     rows += [{"prompt": "Who\u2028is it?", "error": None}, {"prompt": "Too long. " * 2000, "id": "\ud83d"},
              {"prompt": "And this?", "image": ["nothing.png"]}]  # fmt: skip
     questions, out = asked / "in.jsonl", asked / "out.jsonl"
     questions.write_text("".join(json.dumps(r, ensure_ascii="id" in r) + "\n" for r in rows))
     common = ["--model", asked, "--max-new-tokens", 5, "--batch", questions, "--out", out, "--batch-size", 3]
-    status, _, err = run_sample(monkeypatch, capsys, *common)
+    answer_rows, written = sample.answer_rows, []
+    with monkeypatch.context() as patch:  # what was answered is on the disk when the next are begun
+        patch.setattr(sample, "answer_rows", lambda *args: written.append(out.read_text().count("\n")) or
+                      answer_rows(*args))  # fmt: skip
+        status, _, err = run_sample(patch, capsys, *common)
+    assert written == [0, 3, 6]
     lines = out.read_text().removesuffix("\n").split("\n")
-    assert status == 2 and "2 questions" in err and "nothing.png" in json.loads(lines[-1])["error"]
+    assert status == 2 and "3 questions" in err and "nothing.png" in json.loads(lines[-1])["error"]
     assert "for a context of" in json.loads(lines[-2])["error"] and "error" not in json.loads(lines[-3])
-    for row, line in zip(rows[:2], lines):
+    assert "none.png" in json.loads(lines[1])["error"] and len(lines) == 9
+    for row, line in zip((rows[0], *rows[2:4]), (lines[0], *lines[2:4])):
         one = ["--model", asked, "--max-new-tokens", 5, "--prompt", row["prompt"], "--image", asked / "a.png", "--json"]
         assert json.loads(run_sample(monkeypatch, capsys, *one)[1])["answer"] == json.loads(line)["answer"]
     out.write_text("\n".join(lines[:4]) + "\n" + lines[4][:9])
@@ -1975,7 +2170,7 @@ def test_sample_batch_resumes(asked, monkeypatch, capsys):
     status, _, err = run_sample(monkeypatch, capsys, *common)
     again = out.read_text().removesuffix("\n").split("\n")
     assert again[:-1] == lines[:-1] and json.loads(again[-1])["answer"] and "error" not in json.loads(again[-1])
-    assert status == 2 and "6 of 8 were answered before" in err and "1 questions" in err
+    assert status == 2 and "6 of 9 were answered before" in err and "2 questions" in err
     for name, value in (("image", "b.png"), ("model", "another")):  # what was answered is not what is asked now
         out.write_text(json.dumps({**json.loads(lines[0]), name: value}) + "\n")
         status, _, err = run_sample(monkeypatch, capsys, *common)

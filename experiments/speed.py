@@ -432,7 +432,7 @@ def main():
     parser.add_argument("--dtype", choices=("auto", *cli.DTYPES), default="auto", help="default: what the device likes")
     parser.add_argument("--rounds", type=int, default=3, help="each round measures every side once (default 3)")
     parser.add_argument("--folder", type=Path, help="where the checkpoint is or shall be (default: made, then removed)")
-    parser.add_argument("--readme", help="write the table between <!-- speed DEVICE --> and <!-- end --> in this file")
+    parser.add_argument("--readme", help="write the table there, between <!-- speed DEVICE DTYPE --> and <!-- end -->")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     device, _ = cli.pick_device(args.device)
@@ -451,7 +451,7 @@ def main():
     lines = table(m, head, device)
     print("\n".join(lines))
     if args.readme:
-        put_between_marks(args.readme, {f"speed {device.type}": lines})
+        put_between_marks(args.readme, {f"speed {device.type} {head['dtype']}": lines})
 
 
 if __name__ == "__main__":
