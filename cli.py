@@ -763,9 +763,9 @@ class CLI(nn.Module):
 
         tokens: int64[T_prompt], IMAGE_TOKEN once per picture; pictures: Picture, in order; seqlens: lengths of the
         sequences in tokens (None: one); context: bool[T_prompt], what the gates may read (None: everything; with
-        labels: what comes before the first supervised token); cache: KVCache that the sequences continue; select: None
-        for all positions, "last" of every sequence; labels: int64[T_prompt], the id each token should be, IGNORE where
-        unsupervised.
+        labels: what comes before the first supervised token); cache: KVCache that the sequences continue, with room for
+        them; select: None for all positions, "last" of every sequence; labels: int64[T_prompt], the id each token
+        should be, IGNORE where unsupervised.
         Returns (logits float[T_selected, V], gates {l: float[B, levels]}), or with labels
         (sum of cross-entropies, number of supervised tokens, gates).
         """
