@@ -2854,7 +2854,8 @@ def assert_same_gradients(ours, theirs):
 
 def test_rows_supervise_exactly_the_answers(emoji):
     """Decoding the supervised labels of a row, here across shards, gives its answers, each with the end mark."""
-    tokenizer, rows = cli.Tokenizer((emoji / "tokenizer.json").read_text()), train.Rows(emoji, "train", Config())
+    tokenizer = cli.Tokenizer((emoji / "tokenizer.json").read_text())
+    rows = train.Rows(emoji, "train", Config(vision=VisionConfig(**TINY["vision"])))
     assert len(rows) == 2000
     for number, row in enumerate(emoji_rows("train", 900, 700)):
         tokens, marks, pictures = rows[number]
