@@ -983,6 +983,7 @@ IGNORED = [  # on our names; nothing else is ever skipped
 ]
 BASE = (r"(vision|projector|lm_head|amp|agf)\.|image_newline$|"  # what is not to be guessed at
         r"decoder\.(embed_tokens|norm|layers\.\d+\.(self_attn|mlp|\w+norm))\.")
+DECODERS = ("qwen2", "llama", "mistral")  # model_type of those that are computed as here
 HEADS = {1152: 16, 1024: 16, 768: 12}  # attention heads of the SigLIP and CLIP sizes; no tensor's shape tells them
 
 
@@ -1010,6 +1011,9 @@ def read_layout(raw, shapes, tower=None, key_map=None, generation=None):
         return 1 + max(int(m[1]) for name in ours if (m := re.match(part + r"\.layers\.(\d+)\.", name)))
 
     text = raw.get("text_config") or raw
+    kind, bare = text.get("model_type", "llama"), text is not raw or not any(name.startswith("vision.") for name in ours)
+    if bare and kind not in DECODERS:  # else the whole model's; others share the names, but scale or rotate otherwise
+        raise InputError(f"config.json: a decoder of model_type {kind!r} is not supported, only {', '.join(DECODERS)}")
     vocab, D = ours["decoder.embed_tokens.weight"]
     heads = text.get("num_attention_heads", 32)
     hd = text.get("head_dim") or D // heads
@@ -1231,8 +1235,9 @@ def read_weights(folder):
                         else torch.load(path, map_location="cpu", weights_only=True, mmap=True))
         except Exception as e:  # safetensors, pickle and zip each have errors of their own
             raise InputError(f"{path}: missing, damaged or not a weights file: {first_line(e)}") from e
-    if other := [name for name, tensor in tensors.items() if not isinstance(tensor, torch.Tensor)]:
-        raise InputError(f"{paths[0]}: {other[0]!r} is not a tensor")
+    for name, tensor in tensors.items():
+        if not (isinstance(name, str) and isinstance(tensor, torch.Tensor)):
+            raise InputError(f"{paths[0]}: {name!r} is not a tensor" + "'s name" * (not isinstance(name, str)))
     return tensors
 
 
@@ -1494,6 +1499,7 @@ class Parser(argparse.ArgumentParser):
 
 def run_program(main):
     """Run main(): a user's mistake ends with status 2 and one line, Ctrl-C with 130, never with a traceback."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # text that its encoding cannot hold, as standard error does
     try:
         main()
     except BrokenPipeError:  # whoever read our output has left: nobody to tell, at exit either

@@ -414,6 +414,8 @@ def emoji_command(args) -> None:
         raise InputError("--per-kind N: 0 or at least 12, else nothing unseen is left to ask about; --vocabulary N: at "
                          "least 259, the bytes and three special tokens")
     pools = emoji_pools(args.seed, args.per_kind)
+    if not all(pools[part][tags] for part in ("train", "concept", "dev_concept") for tags in ("tags", "tags_zh")):
+        raise InputError(f"--per-kind {args.per_kind} with --seed {args.seed} leaves no tags to ask about: take more")
     splits = {"encode": args.encode, "pretrain": args.pretrain, "train": args.train}
     splits |= dict.fromkeys([*VALIDATION, "dev"], args.val)
     splits = {split: n for split, n in splits.items() if n}

@@ -55,11 +55,12 @@ transformers.utils.logging.disable_progress_bar()
 # Helpers: tiny models in the shape of the real ones, written to disk in every published layout
 
 # Crops of 18 px in patches of 4: 4x4 patches and two pixels that belong to none, as with SigLIP's 384 = 27 * 14 + 6.
-CROP, PATCH, SIDE, BLOCKS, LAYERS, WIDTH, VOCAB = 18, 4, 4, 4, 4, 32, 96
+# Where two numbers could be taken for each other (layers and blocks, heads of all sorts) they differ.
+CROP, PATCH, SIDE, BLOCKS, LAYERS, WIDTH, VOCAB = 18, 4, 4, 4, 5, 32, 96
 PINPOINTS = [[CROP * i, CROP * j] for i in range(1, 7) for j in range(1, 7)]
-TOWER = dict(hidden_size=24, intermediate_size=40, num_attention_heads=4, image_size=CROP, patch_size=PATCH)
+TOWER = dict(hidden_size=24, intermediate_size=40, num_attention_heads=3, image_size=CROP, patch_size=PATCH)
 TEXT = dict(
-    hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=2,
+    hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=8, num_key_value_heads=2,
     vocab_size=VOCAB, max_position_embeddings=4096, rms_norm_eps=1e-5, rope_theta=5e4,
 )
 SIGLIP = dict(TOWER, num_hidden_layers=BLOCKS, model_type="siglip_vision_model", vision_use_head=False)
@@ -100,7 +101,7 @@ def llava15():
     """A tiny LlavaForConditionalGeneration (CLIP and LLaMA), perturbed."""
     config = transformers.LlavaConfig(
         vision_config=CLIP, tie_word_embeddings=False,
-        text_config=dict(TEXT, model_type="llama", num_key_value_heads=4, tie_word_embeddings=False),
+        text_config=dict(TEXT, model_type="llama", num_key_value_heads=8, tie_word_embeddings=False),
         image_token_index=VOCAB - 2, vision_feature_layer=-2, vision_feature_select_strategy="default",
         image_seq_length=SIDE**2,
     )
@@ -222,14 +223,14 @@ def tiny_config(fusion=FusionConfig(), **fields):
     """Our Config for the geometry of onevision()."""
     vision = VisionConfig(kind="siglip", num_hidden_layers=BLOCKS, **TOWER)
     decoder = DecoderConfig(
-        WIDTH, 48, LAYERS, 4, 2, head_dim=8, vocab_size=VOCAB, rms_norm_eps=1e-5, rope_theta=5e4,
+        WIDTH, 48, LAYERS, 8, 2, head_dim=4, vocab_size=VOCAB, rms_norm_eps=1e-5, rope_theta=5e4,
         tie_word_embeddings=False, max_position_embeddings=4096,
     )
     defaults = dict(grid_pinpoints=tuple(map(tuple, PINPOINTS)), eos_token_ids=(VOCAB - 2, VOCAB - 1))
     return Config(vision, decoder, fusion, **(defaults | fields))
 
 
-def tiny(fusion=FusionConfig(), seed=1, **fields):
+def tiny(fusion=FusionConfig(), seed=3, **fields):
     """A CLI model with every parameter randomised, LoRA's B and the gates included."""
     model = perturb(CLI(tiny_config(fusion, **fields)), seed)
     model.decoder.embed_tokens.weight.data.mul_(6)  # loud tokens: greedy decoding wanders instead of repeating one id
@@ -394,8 +395,13 @@ def test_bare_decoder_logits(kind, tmp_path):
     tokens = prompt(0, length=40)
     assert model.vision is None
     assert closeness(model.logits(tokens, []), reference_logits(reference, tokens, [])) < 1e-4
+    greedy = decode_slowly(model, tokens, [], 5)
+    assert decode(model, [tokens], max_new_tokens=5) == [greedy] and len(greedy) > 2
     fails(lambda: load(tmp_path, fusion="cli"), "no vision encoder")
     fails(lambda: model.logits(prompt(1), [picture(18, 18)]), "takes text only")
+    raw = cli.read_json(tmp_path / "config.json") | {"model_type": "granite"}  # LLaMA's names, other arithmetic
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    fails(lambda: load(tmp_path), "granite", "qwen2, llama, mistral")
 
 
 # From 64x48 on the tiles are shrunk, those of 99x36 just so; 74x74 needs the original's floor division of floats.
@@ -577,8 +583,9 @@ def test_grid_choice_equals_transformers():
     """On 3,000 random sizes and an asymmetric list of canvases the grid is the one that transformers chooses."""
     from transformers.image_processing_utils import select_best_resolution
 
-    sizes = np.random.default_rng(0).integers(1, (200, 2500), (1500, 2))
-    for canvases in (PINPOINTS, [[18, 54], [36, 18], [54, 54], [36, 36], [90, 18]]):
+    sizes = [*np.random.default_rng(0).integers(1, (200, 2500), (1500, 2)), *([n, n] for n in range(1, 18))]
+    sizes = np.array(sizes)
+    for canvases in (PINPOINTS, [[18, 54], [36, 18], [54, 54], [36, 36], [90, 18]], [[18, 36], [36, 18], [36, 36]]):
         for w, h in [*sizes, *sizes[:, ::-1]]:
             if min(w, h) * 108 > max(w, h):  # thinner than any canvas shows: transformers has no answer
                 theirs = select_best_resolution((int(h), int(w)), [(ch, cw) for cw, ch in canvases])
@@ -599,6 +606,14 @@ def test_load_image_kinds(tmp_path):
     for mode in ("RGBA", "PA"):
         pixels = np.array(cli.load_image(clear.convert(mode)))
         assert (pixels[0, 0] == 255).all() and abs(pixels[0, 1].astype(int) - [10, 20, 30]).max() <= 8, mode
+
+    gray = cli.load_image(Image.fromarray(np.array([[[0, 0], [90, 255]]], np.uint8), "LA"))
+    assert np.array(gray)[0, :, 0].tolist() == [255, 90]
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([0, 0, 0, 10, 20, 30])
+    palette.putpixel((1, 0), 1)
+    palette.save(tmp_path / "logo.png", transparency=0)
+    assert np.array(cli.load_image(tmp_path / "logo.png"))[0].tolist() == [[255, 255, 255], [10, 20, 30]]
 
     deep = Image.fromarray(np.array([[0, 51400, 65535]], np.uint16))
     buffer = io.BytesIO()
@@ -729,6 +744,7 @@ OPTIONS = [
     dict(projector="shared", gate="none", inject_at="output"),
     dict(projector="full"),
     dict(projector="full", level_norm=True, agf_norm=True),
+    dict(routes=((0, (1, 1)), (2, (1, 3)))),
 ]
 
 
@@ -903,6 +919,8 @@ def test_new_adapters_start_as_the_equations_say(base, capsys):
         elif name.endswith("gate.bias"):
             assert (tensor == -4).all()
     assert len([n for n in state if n.endswith("A.weight")]) == 2  # one adapter per (decoder layer, vision level)
+    assert load(base, fusion="deepstack").config.fusion.routes == ((0, (BLOCKS,)),)
+    assert capsys.readouterr().err == "", "quiet"
     for mlp in load(base, fusion=preset("full_amp")).amp.values():  # a level's own MLP starts where the shared one is
         for copy, shared in zip(mlp.parameters(), model.projector.parameters(), strict=True):
             assert torch.equal(copy, shared)
@@ -999,8 +1017,7 @@ def test_batch_equals_each_alone():
         model.config = dataclasses.replace(model.config, decoder=decoder, eos_token_ids=stops)
         prompts = [prompt(0, 38, seed=1), prompt(0, 6, seed=2), prompt(0, 37, seed=3), prompt(0, 30, seed=4)]
         alone = [decode(model, [tokens], max_new_tokens=20)[0] for tokens in prompts]
-        assert decode(model, prompts, max_new_tokens=20) == alone
-    assert len(decode(model, prompts[1:2], max_new_tokens=20)[0]) > 5
+        assert decode(model, prompts, max_new_tokens=20) == alone and (stops or len(alone[1]) > 5)
 
 
 @pytest.mark.parametrize("inject_at", ["input", "output"])
@@ -1016,10 +1033,13 @@ def test_levels_are_freed_with_the_last_injection(inject_at, monkeypatch):
         return base, v_hat
 
     monkeypatch.setattr(model, "see", watched)
+    crops = []
+    model.vision.layers[0].register_forward_pre_hook(lambda _, inputs: crops.append(len(inputs[0])))
     for layer in (model.decoder.layers[0], model.decoder.norm):
         layer.register_forward_pre_hook(lambda *_: alive.append(sum(level() is not None for level in levels)))
     model.logits(*REQUESTS[0])
     assert alive == [len(levels), 0] and len(levels) > 4
+    assert crops == [8, 5], "without gradients a few crops at a time"
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -1067,6 +1087,9 @@ def test_attention_asks_a_gpu_for_the_same(kernel, monkeypatch):
     with torch.no_grad():
         ours = cli.attend(*(x.as_subclass(AsOnCuda) for x in (q, k, v)), seqlens)  # float32: no such kernel
     assert closeness(ours.as_subclass(torch.Tensor), expected) < 1e-5 and len(asked) == 1
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))  # nor on so old a GPU
+    ours = cli.attend(*(x.bfloat16().as_subclass(AsOnCuda) for x in (q, k, v)), seqlens).as_subclass(torch.Tensor)
+    assert closeness(ours, expected) < 2e-2 and len(asked) == 1
 
 
 def test_without_a_newline_vector_there_are_no_newline_tokens():
@@ -1162,6 +1185,7 @@ def test_chat_keeps_its_cache():
     first = decode(model, [tokens], [images], max_new_tokens=5, cache=cache)[0]
     fed = cache.lengths[0] - len(model.logits(tokens, images))
     assert fed == 4, "the last id was yielded, but not fed yet"
+    assert not cache.k.requires_grad
     more = torch.cat([torch.tensor(first[fed:]), prompt(0, 6, seed=9)])
     second = decode(model, [more], max_new_tokens=6, cache=cache)[0]
     whole = torch.cat([tokens, torch.tensor(first[:fed]), more])
@@ -1198,6 +1222,10 @@ def test_loss_is_the_shifted_cross_entropy():
     with torch.no_grad():
         loss, n, _ = model(torch.cat([t for t, _ in REQUESTS]), pictures, seqlens, labels=torch.cat(labels))
     assert n == count and loss.item() == pytest.approx(total.item(), rel=1e-5)
+    tokens, images = REQUESTS[0]  # of everything: what a picture's places should be is nobody's question
+    with torch.no_grad():
+        loss, n, _ = model(tokens, prepare(images, model.config), labels=tokens)
+    assert n == len(tokens) - 2 and loss.isfinite()
 
 
 @pytest.mark.parametrize("gate", ["scalar", "vector"])
@@ -1331,6 +1359,8 @@ def test_vicuna_template(llama):
     text = VICUNA + " USER: <image>\nWhat is this? ASSISTANT: A cat.</s>USER: No? ASSISTANT:"
     assert ids == [1, *literal_ids(raw, text)]
     assert [i for i, a in zip(ids, answer) if a] == [*raw.encode("A cat.", add_special_tokens=False).ids, 2]
+    ids, _ = cli.encode_chat(tokenizer, "vicuna_v1", [("user", "No?")], start=False)
+    assert ids == [2, *literal_ids(raw, "USER: No? ASSISTANT:")]
 
 
 @pytest.mark.parametrize("template", ["qwen_1_5", "vicuna_v1"])
@@ -1529,6 +1559,10 @@ def test_config_fields_of_the_originals():
     assert (old.image_aspect_ratio, old.newline, old.template, old.eos_token_ids) == ("pad", False, "vicuna_v1", (2,))
     assert (old.vision.image_mean, old.vision.image_std, old.vision.layer_norm_eps) == (CLIP_MEAN, CLIP_STD, 1e-5)
     assert cli.read_layout(dict(raw_15, vision_feature_layer=-1), shapes_15)[0].vision.num_hidden_layers == 24
+    short = {k: v for k, v in raw_15["text_config"].items() if k != "max_position_embeddings"}
+    bare = dict(raw_15, text_config=short, vision_config={"num_attention_heads": 16})
+    assert cli.read_layout(bare, shapes_15)[0].decoder.max_position_embeddings == 2048
+    assert cli.read_layout(bare, shapes_15)[0].vision.image_size == 24 * 14
     mistral = dict(raw_15["text_config"], sliding_window=4096)
     fails(lambda: cli.read_layout(dict(raw_15, text_config=mistral), shapes_15), "sliding_window 4096")
     assert (old.decoder.rms_norm_eps, old.decoder.rope_theta, old.decoder.num_attention_heads) == (1e-5, 1e4, 32)
@@ -1556,7 +1590,8 @@ def foreign_checkpoint(folder, fusion, agf, amp, separate=False, flat=False, sec
             j, side, _ = rest.split(".")
             tensors[amp.format(l=l, n=n, j=j, k=routes[int(l)][int(j)], side=side)] = tensor
         elif part == "amp":
-            tensors[amp.format(k=l, side=rest[0])] = tensor
+            place = fusion.levels.index(int(l))
+            tensors[amp.format(k=l, n=place, side=rest[0], rest=rest)] = tensor
         elif part == "agf" and separate and "in_proj" in rest:
             for letter, third in zip("qkv", tensor.chunk(3)):
                 tensors[agf.format(l=l, n=n, rest=rest.replace("in_proj_", f"{letter}_proj."))] = third
@@ -1591,6 +1626,14 @@ FOREIGN = {  # fusion, names, what the user has to add
     "an adapter per level, vector gate": (
         dict(lora_per="level", gate="vector"), dict(agf="model.agf_{l}.{rest}", amp="model.amp_{k}.{side}.weight"), {},
     ),
+    "an adapter per level, by its place": (
+        dict(lora_per="level"), dict(agf="model.agf_{l}.{rest}", amp="model.amp_{n}.{side}.weight"),
+        {"vision_levels": "0,2,3"},
+    ),
+    "gates alone": (
+        dict(projector="shared", lora_rank=128, lora_per="level"), dict(agf="model.fusion.{l}.{rest}", amp=""),
+        {"vision_levels": "0,2,3"},
+    ),
     "q, k and v apart": (
         dict(), dict(agf="model.fusion.{l}.{rest}", amp="model.amp.{l}.{k}.{side}.weight", separate=True,
                      second="query_h"), {},
@@ -1608,16 +1651,31 @@ def test_foreign_tensors_known_by_shape(case, tmp_path):
     model = foreign_checkpoint(tmp_path, preset("cli", lora_alpha=5.0, **fields), **names)
     if key_map:  # 0, 1, 2: levels, or places in a list? only the user knows
         fails(lambda: load(tmp_path), next(iter(key_map)))
-    check_foreign(tmp_path, model, key_map | {"lora_alpha": 5.0})
-    assert load(tmp_path, key_map=key_map).config.fusion.lora_alpha == 2 * 4  # not said: twice the rank
+    check_foreign(tmp_path, model, key_map | {"lora_alpha": model.config.fusion.lora_alpha})
+    if model.amp:  # not said: twice the rank
+        assert load(tmp_path, key_map=key_map).config.fusion.lora_alpha == 2 * 4
+    if "{l}" in names["agf"]:  # the names say 1 and 3
+        fails(lambda: load(tmp_path, key_map=key_map | {"decoder_layers": "0,2"}), "decoder_layers is [0, 2]")
+
+
+def test_foreign_numbers_are_in_their_order():
+    """Ten and eleven come behind nine: each gate sees h as the levels before left it."""
+    pairs = list(itertools.product((1, 5, 9, 13), (1, 3, 11, 13)))
+    shapes = {f"model.amp.{l}.{k}.A.weight": (4, 24) for l, k in pairs}
+    shapes |= {f"model.amp.{l}.{k}.B.weight": (32, 4) for l, k in pairs}
+    fusion = cli.find_fusion(dict.fromkeys(shapes, "?"), shapes, 32, 24, {})
+    assert fusion.routes == tuple((l, (1, 3, 11, 13)) for l in (1, 5, 9, 13)) and fusion.lora_rank == 4
 
 
 def test_foreign_gate_without_its_values(tmp_path):
-    """q and k of a gate's attention without v: missing, by name."""
+    """q and k of a gate's attention without v: missing, by name; one of another shape likewise."""
     fields, names, _ = FOREIGN["q, k and v apart"]
     foreign_checkpoint(tmp_path, preset("cli", **fields), **names)
     tensors = load_file(tmp_path / "model.safetensors")
-    del tensors[next(name for name in tensors if "v_proj.weight" in name and "fusion" in name)]
+    lost = next(name for name in tensors if "v_proj.weight" in name and "fusion" in name)
+    save_file({**tensors, lost: torch.ones(WIDTH + 8, WIDTH)}, tmp_path / "model.safetensors")
+    fails(lambda: load(tmp_path), "1 misshapen", lost, f"[{WIDTH + 8}, {WIDTH}]")
+    del tensors[lost]
     save_file(tensors, tmp_path / "model.safetensors")
     fails(lambda: load(tmp_path), "1 missing", "attn.in_proj_weight")
 
@@ -1637,11 +1695,17 @@ def test_foreign_tensors_with_a_key_map(tmp_path):
     text = json.dumps({"patterns": ODD_PATTERNS, "vision_levels": "0,2,3", "lora_alpha": 8.0})
     key_map.write_text(text, encoding="utf-8-sig")  # as some editors do
     check_foreign(tmp_path / "odd", model, str(key_map))
+    check_foreign(tmp_path / "odd", model, key_map)
     split = preset("cli", lora_alpha=8.0, agf_attention="split")
     model = foreign_checkpoint(tmp_path / "split", split, "model.gates.{l}.{rest}", "model.amp.{l}.{k}.{side}.weight",
                                second="query_h")  # fmt: skip
     patterns = [[r"^model\.gates\.(\d+)\.", r"agf.\1."], ["query_visual", "query_v"]]
     check_foreign(tmp_path / "split", model, {"patterns": patterns, "lora_alpha": 8.0})
+    full = preset("full_amp_agf", lora_rank=128, lora_per="level")
+    model = foreign_checkpoint(tmp_path / "full", full, "model.gates.{l}.{rest}", "model.levels.{k}.{rest}",
+                               second="query_h")  # fmt: skip
+    patterns.append([r"^model\.levels\.(\d+)\.", r"amp.\1."])
+    check_foreign(tmp_path / "full", model, {"patterns": patterns, "lora_alpha": 256.0})
 
 
 def test_foreign_tensors_without_a_key_map(tmp_path):
@@ -1728,6 +1792,8 @@ def test_errors_of_folders(tmp_path, base):
     fails(lambda: load(tmp_path / "bin"), "pytorch_model.bin")
     torch.save({"state_dict": {}, "step": 3}, tmp_path / "bin" / "pytorch_model.bin")
     fails(lambda: load(tmp_path / "bin"), "'state_dict' is not a tensor")
+    torch.save({3: torch.ones(2)}, tmp_path / "bin" / "pytorch_model.bin")
+    fails(lambda: load(tmp_path / "bin"), "3 is not a tensor's name")
     torch.save({"weight": Path(tmp_path / "ran")}, tmp_path / "bin" / "pytorch_model.bin")  # no tensor: never unpickled
     fails(lambda: load(tmp_path / "bin"), "pytorch_model.bin", "eights only")
     for text in ("{", '{"a": 1}', "[]"):
@@ -1753,6 +1819,9 @@ def test_errors_of_foreign_configs(tmp_path):
     fails(lambda: load(tmp_path / "foreign", key_map={"lora_alpha": "8"}), "lora_alpha")
     for patterns in (None, [["(", ""]], ["ab c"], [["a"]], [["a", 1]]):
         fails(lambda patterns=patterns: load(tmp_path, key_map={"patterns": patterns}), "key map")
+    shapes, told = PUBLISHED["llava-hf LLaVA-1.5-7B"][:2]
+    strange = {name: (512, *s[1:]) if "patch_embedding" in name else s for name, s in shapes.items()}
+    fails(lambda: cli.read_layout(told | {"vision_config": {}}, strange), "how many attention heads", "512")
     experts = {name.replace("mlp.gate_proj", "mlp.experts.0.gate_proj"): t for name, t in tensors.items()}
     fails(lambda: load(write(tmp_path, raw, experts)), "layers.0.mlp.gate_proj.weight")
 
@@ -1798,6 +1867,12 @@ def test_errors_of_keys(tmp_path):
 
 
     assert [*cli.grouped(["a.1.b", "a.2.b", "a.3.b"]), *cli.grouped(["a.1.b", "a.5.b"])] == ["a.{1..3}.b", "a.{1,5}.b"]
+    assert [*cli.grouped([f"a.{i}.b" for i in range(12)])] == ["a.{0..11}.b"]
+    whole = published_tensors(onevision(), "original")
+    for lost, told in (("position_embedding.weight", "position_embedding"), ("layers.0.mlp.fc1.weight", "fc1"),
+                       ("patch_embedding.weight", "unexpected")):  # fmt: skip
+        write(tmp_path, original_config(onevision()), {k: v for k, v in whole.items() if not k.endswith(lost)})
+        fails(lambda: load(tmp_path), told)
 
 
 def test_a_fusion_is_not_exchanged(tmp_path):
@@ -1807,9 +1882,9 @@ def test_a_fusion_is_not_exchanged(tmp_path):
     for other in ("none", "amp", preset("amp")):
         fails(lambda other=other: load(tmp_path, fusion=other), "it has one of its own")
     whole = load_file(tmp_path / "model.safetensors")
-    for part in ("amp.", "agf."):  # nor does a part of it that was lost start afresh beside the other
+    for part in (("amp.",), ("agf.",), ("projector.", "image_newline")):  # nor do parts that were lost start afresh
         save_file({k: v for k, v in whole.items() if not k.startswith(part)}, tmp_path / "model.safetensors")
-        fails(lambda: load(tmp_path), "missing", part)
+        fails(lambda: load(tmp_path), "missing", *part)
 
 
 def test_errors_of_prompts(base):
@@ -1832,7 +1907,8 @@ def test_errors_of_prompts(base):
     fails(lambda: decode(model, [prompt(0, 9)], max_new_tokens=2, cache=cache), "41 tokens", "40")  # 30, 2 fed, 9
     ids = decode(model, [prompt(0, 36)], max_new_tokens=10**12)[0]
     assert len(ids) == 5, "generation ends where the context does"
-    fails(lambda: decode(model, [[5, TEXT["vocab_size"]]], max_new_tokens=2), TEXT["vocab_size"], "another's tokenizer")
+    for wrong in (TEXT["vocab_size"], -1):
+        fails(lambda wrong=wrong: decode(model, [[5, wrong]], max_new_tokens=2), f"id {wrong}", "another's tokenizer")
     pad = dataclasses.replace(model.config, image_aspect_ratio="pad")
     fails(lambda: cli.prepare_image(Image.new("RGB", (60_000, 1)), pad), "60000 x 1")
     # placeholders and pictures must match in each prompt of a batch, not only in their sums
@@ -1846,6 +1922,7 @@ def test_errors_of_options(base):
     fails(lambda: Config(fusion=FusionConfig(routes=((1, (2,)),), gate="scalar", agf_heads=5)), "agf_heads 5", "896")
     fails(lambda: load(base, fusion="deepstak"), "deepstak", "deepstack")
     odd = DecoderConfig(num_attention_heads=5, num_key_value_heads=1)  # the gates' heads too, if nothing else is said
+    assert Config(decoder=odd).decoder == odd
     fails(lambda: Config(decoder=odd, fusion=FusionConfig(routes=((1, (2,)),), gate="scalar")), "agf_heads 5", "896")
     for spec in ("RANGE-1-x-4", "1;2", "", "RANGE-1-9-0"):
         fails(lambda spec=spec: cli.parse_layers(spec), repr(spec))
@@ -1909,6 +1986,10 @@ def test_run_program(capsys):
             cli.run_program(main)
         assert stop.value.code == status and capsys.readouterr().err == told
     cli.run_program(lambda: None)
+    program = "import cli; cli.run_program(lambda: print('世界'))"
+    shown = subprocess.run([sys.executable, "-c", program], stdout=-1, cwd=ROOT, check=True,
+                           env={**os.environ, "PYTHONIOENCODING": "ascii"}).stdout  # fmt: skip
+    assert shown.split() == [rb"\u4e16\u754c"], "what the output cannot hold is no traceback"
     program = "import cli, os; cli.run_program(lambda: [print('text', flush=True) for _ in range(10**6)])"
     with subprocess.Popen([sys.executable, "-c", program], stdout=-1, stderr=-1, text=True, cwd=ROOT) as left:
         left.stdout.readline()
@@ -1936,6 +2017,13 @@ def test_a_file_that_cannot_be_written_is_one_line(tmp_path, capsys):
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, handler)
     assert (tmp_path / "file").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+    tiny().save_pretrained(tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    with pytest.MonkeyPatch.context() as patch:  # killed while it writes
+        patch.setattr(cli, "save_file", lambda state, path, **_: path.write_bytes(b"half") and 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            tiny().save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1956,6 +2044,7 @@ def test_bare_parts_as_a_start(alone, tmp_path, capsys):
     model = CLI.from_pretrained(str(tmp_path / "qwen"), vision=str(tmp_path / "siglip"), fusion=preset("cli"))
     printed = capsys.readouterr()
     assert "projector" in printed.out + printed.err and "amp" in (printed.out + printed.err).lower()
+    assert "ignored 3 tensors: text side" in printed.err and "vision blocks behind the level" in printed.err
     pixels = torch.randn(2, 3, CROP, CROP)
     with torch.no_grad():
         theirs = tower(pixels, output_hidden_states=True).hidden_states
@@ -1971,11 +2060,12 @@ def test_dtype_and_tokenizer_travel(base, qwen, tmp_path):
     """save_pretrained keeps the tokenizer, and the dtype it is told; from_pretrained keeps what is stored."""
     model = load(base)
     model.tokenizer = qwen[0]
+    tmp_path = tmp_path / "a/b"
     model.save_pretrained(tmp_path, dtype=torch.bfloat16)
     assert {t.dtype for t in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
     again = load(tmp_path)
     assert again.dtype == torch.bfloat16 and again.tokenizer.encode("A cat.") == qwen[0].encode("A cat.")
-    assert load(tmp_path, dtype="float32").dtype == torch.float32
+    assert load(tmp_path, dtype="float32").dtype == load(tmp_path, dtype=torch.float32).dtype == torch.float32
     logits = again.logits(prompt(), [picture(64, 48)]).float()
     assert closeness(logits, model.logits(prompt(), [picture(64, 48)])) < 0.5  # bf16 runs end to end
 
@@ -2048,6 +2138,9 @@ def test_sample_without_arguments(monkeypatch, capsys):
     """The quick start: the bundled model gives the answers that the README shows, and the weights of its gates."""
     status, out, err = run_sample(monkeypatch, capsys)
     assert status == 0 and out == "volcano\norange\nmoney bag\n" and err.count("vision level") == 3
+    picture = ROOT / "assets/pictures/single.png"  # with a picture of one's own it is one's own question
+    out = run_sample(monkeypatch, capsys, "--image", picture, piped="What colour is the background?")[1]
+    assert out == "orange\n"
 
 
 def test_sample_passes_its_options_on(asked, monkeypatch, capsys):
@@ -2105,6 +2198,14 @@ def test_sample_answers_and_draws(asked, monkeypatch, capsys):
     assert json.loads(out)["visual_tokens"] == 2 * (SIDE**2 + 1), "each one crop"
 
 
+def test_sample_streams_whole_characters(asked, monkeypatch, capsys):
+    """A character of several tokens is printed once it is whole, never as a replacement mark."""
+    ids = load(asked).tokenizer.encode("你好🙂!")
+    assert len(ids) == 6
+    monkeypatch.setattr(CLI, "generate", lambda *_: ([i] for i in ids))
+    assert run_sample(monkeypatch, capsys, "--model", asked, "--prompt", "x")[1] == "你好🙂!\n"
+
+
 def test_heat_map_shows_each_weight_in_its_place(tmp_path, monkeypatch):
     """Rows are decoder layers, columns vision levels, in the order and with the numbers that they have."""
     gates, written = {1: {0: 0.0, 3: 0.25}, 5: {0: 0.5, 3: 1.0}}, {}
@@ -2123,6 +2224,9 @@ def test_heat_map_shows_each_weight_in_its_place(tmp_path, monkeypatch):
             assert abs(x - written[str(k)][0]) < 2 and abs(y - written[str(l)][1]) < 2, "above its level, by its layer"
             red = image.getpixel((int(x) - 20, int(y) - 20))[0]  # in the corner of the cell
             assert red == round(255 - 220 * w)
+    first, more = dict(written), {1: {0: 0.11, 3: 0.22}}
+    sample.draw_gates([("What?", gates), ("Who?", more)], tmp_path / "g.png")  # panels stand side by side
+    assert min(written[w][0] for w in ("0.11", "0.22")) > max(first[w][0] for w in ("0.25", "1.00"))
     shown = sample.gates_text(gates).splitlines()
     assert shown[1].split() == ["0", "3"] and [line.split()[0] for line in shown[2:]] == ["1", "5"]
     assert [re.findall(r"\d\.\d+", line) for line in shown[2:]] == [["0.00", "0.25"], ["0.50", "1.00"]]
@@ -2227,6 +2331,8 @@ def test_sample_batch_refuses_bad_lines(asked, monkeypatch, capsys, line):
 
 def test_sample_refuses(asked, monkeypatch, capsys):
     """One line and status 2 for a user's mistakes."""
+    wordless = shutil.copytree(asked, asked / "wordless")
+    (wordless / "tokenizer.json").unlink()
     for arguments, told in ((["--image", asked / "none.png", "--prompt", "x"], "none.png"),
                             (["--model", asked / "nowhere", "--prompt", "x"], "nowhere"),
                             (["--model", asked, "--prompt", "x", "--top-p", 0], "--top-p"),
@@ -2237,6 +2343,10 @@ def test_sample_refuses(asked, monkeypatch, capsys):
                             (["--model", asked, "--promt", "x"], "unrecognized arguments: --promt"),
                             (["--batch", asked / "in.jsonl"], "--out"),
                             (["--batch", asked / "in.jsonl", "--out", asked / "o.jsonl", "--json"], "--json"),
+                            (["--model", asked, "--prompt", "x", "--max-new-tokens", 0], "--max-new-tokens"),
+                            (["--model", asked, "--prompt", "x", "--top-k", -1], "--top-k"),
+                            (["--batch", "q", "--out", "o", "--batch-size", 0], "--batch-size"),
+                            (["--model", wordless, "--prompt", "x"], "has no tokenizer.json"),
                             (["--model", asked], "no question")):
         status, _, err = run_sample(monkeypatch, capsys, *arguments)
         assert status == 2 and told in err.splitlines()[-1] and err.splitlines()[-1].startswith("error: "), err
@@ -2406,8 +2516,11 @@ def test_scenes_of_pretraining_name_what_is_where():
         assert len(asked) == 4
     for row in (row for row in [*rows, *emoji_rows("encode", 200, 700)] if row not in found):
         ((key, *_),) = json.loads(row["pictures"][0])["cells"]
-        told = {concepts[key].get(f) for f in ("name", "zh", "kind", "kind_zh", "country", "country_zh", "clock")}
-        assert {answer for _, answer in row["turns"][1::2]} <= told - {None}
+        for (_, question), (_, answer) in zip(row["turns"][::2], row["turns"][1::2]):
+            text = (question if isinstance(question, str) else question[-1]).strip()
+            ((kind, zh),) = [(k, z) for k in scenes.SINGLE for z in (0, 1) if text in scenes.SINGLE[k][1 + z]]
+            field = {"name": "zh"}.get(kind, kind + "_zh" * (kind != "clock")) if zh else kind
+            assert answer == concepts[key][field]
 
 
 def test_emoji_answers_are_right(emoji):
@@ -2477,6 +2590,12 @@ def test_emoji_pictures_are_drawn(emoji):
     for artist, colour in itertools.product(scenes.ARTISTS, ("red", "orange", "yellow", "green")):  # the drawing meant
         heart = np.asarray(drawn(hearts[colour], artist), float)[20:44, 20:44].mean((0, 1))
         assert min(scenes.COLOURS, key=lambda name: np.linalg.norm(heart - scenes.COLOURS[name][0])) == colour, artist
+        assert drawn(hearts[colour], artist).getpixel((1, 62)) == (128, 128, 128), "transparent beside the heart"
+    cells = [cell for row in emoji_rows("train", 300, 700) for cell in json.loads(row["pictures"][0])["cells"]]
+    rgb = {name: np.array(colour[0]) for name, colour in scenes.COLOURS.items()}
+    for *_, colour, shade in cells:  # a shade of red is nearer to red than to anything else
+        assert min(rgb, key=lambda name: np.linalg.norm(rgb[name] - list(bytes.fromhex(shade)))) == colour
+    assert len({cell[-1] for cell in cells}) > 100
     shades = [len(drawn(hearts["red"], artist).getcolors(1 << 16)) for artist in ("twemoji", "noto", "fluent")]
     assert shades == sorted(shades) and len({*shades}) == 3, "flat, shaded, 3D: each artist's own"
     assert scenes.open_picture(png_bytes()).size == (9, 7)  # and bytes of a picture are opened as they are
@@ -2493,6 +2612,25 @@ def test_emoji_yes_and_no_are_balanced():
             by_tag.setdefault(question, []).append(answer == "yes")
         guess = sum(max(sum(a), len(a) - sum(a)) for a in by_tag.values()) / 3000  # the best that the text alone can do
         assert guess < 0.68
+
+
+def test_emoji_places_counts_and_artists_are_balanced():
+    """Every place of a scene is asked about, every number counted, every artist asked for and the odd one out."""
+    pools, rng = emoji_pools(0, 16), random.Random(0)
+
+    def shares(kind, what):
+        made = [scenes.ask_scene(rng, 0, pools["train"], pools["train"], kind, False, False) for _ in range(600)]
+        found = [what(cells, question, answer) for cells, question, answer in made]
+        return {x: found.count(x) / len(found) for x in {*found}}
+
+    places = shares("odd_artist", lambda cells, _, answer: (len(cells), answer))
+    assert len(places) == 4 + 9 and max(places.values()) < 0.25  # two thirds of the scenes are of four
+    counts = shares("count", lambda cells, _, answer: answer)
+    assert counts.keys() == {*"01234"} and min(counts.values()) > 0.1
+    asked = shares("by_artist", lambda cells, question, _: next(a for a in scenes.ARTISTS if a in question))
+    odd = shares("odd_artist", lambda cells, *_: next(a for a in scenes.ARTISTS if [c[1] for c in cells].count(a) == 1))
+    for named in (asked, odd):
+        assert named.keys() == {*scenes.ARTISTS} and min(named.values()) > 0.25
 
 
 def test_interrupted_run_leaves_nothing_and_resumes(emoji, few, tmp_path, monkeypatch):
@@ -2527,7 +2665,7 @@ def test_interrupted_run_leaves_nothing_and_resumes(emoji, few, tmp_path, monkey
     manifests = [json.loads(found.pop("manifest.json")) for found in (one, two)]
     assert one == two and manifests[0] | {"name": ""} == manifests[1] | {"name": ""}
     # Other arguments: refused, unless told to replace.
-    for other in ("--seed", "--per-kind"):
+    for other in ("--seed", "--per-kind", "--shard-rows"):
         with pytest.raises(cli.InputError, match="other arguments"):
             write_shards(monkeypatch, *arguments, other, 12)
     assert contents(tmp_path).keys() == contents(few).keys()
@@ -2609,6 +2747,7 @@ def test_llava_bad_rows(small_tokenizer, tmp_path, monkeypatch, capsys):
         json.dumps(conversation("Hi", "Ho", "And?")): "last question has no answer",
         json.dumps(conversation("Hi", "  ")): "no answer to learn from",
         json.dumps(conversation("<image> Hi", "Ho")): "1 <image> in the text, 0 pictures",
+        json.dumps(conversation("<image> Hi", "Ho", image=["good.png"] * 2)): "1 <image> in the text, 2 pictures",
         json.dumps(conversation("Hi", "<image>", image="good.png")): "in an answer",
         json.dumps(conversation("Hi", "Ho", image="missing.png")): "missing.png",
         json.dumps(conversation("Hi", "Ho", image="broken.png")): "picture",
@@ -2640,7 +2779,7 @@ def test_llava_bad_rows(small_tokenizer, tmp_path, monkeypatch, capsys):
     assert all(any(mask) for _, mask, _, _ in rows) and {kind for *_, kind in rows} == {"text"}
     write_shards(monkeypatch, *arguments[:-4], "--out", tmp_path / "val", "--max-bad", 0.9, "--val", 6)
     manifest = json.loads((tmp_path / "val/manifest.json").read_text())
-    assert manifest["rows_planned"] == {"train": 16, "val": 6} and manifest["bad_rows"] == len(bad)
+    assert manifest["rows_planned"] == {"train": 17, "val": 6} and manifest["bad_rows"] == len(bad)
 
 
 def test_llava_rows_that_were_mended(small_tokenizer, tmp_path, monkeypatch):
@@ -2696,6 +2835,7 @@ def test_prepare_mistakes_are_one_line(emoji, tmp_path, small_tokenizer, monkeyp
         (["llava", "empty.json", "--tokenizer", small_tokenizer, "--val", 5], "there are only 0 rows"),
         (["llava", "some.json", "--tokenizer", small_tokenizer, "--template", "vicuna_v1"], "(--template, --tok"),
         (["emoji", "--per-kind", 3], "--per-kind N: 0 or at least 12"),
+        (["emoji", "--per-kind", 12, "--seed", 3], "no tags to ask about"),
         (["emoji", "--vocabulary", 2], "at least 259"),
         (["emoji", "--train", "-1"], "cannot be negative"),
         (["emoji", "--max-bad", "-1"], "cannot be negative"),
@@ -2756,6 +2896,10 @@ def test_onevision_from_parquet(small_tokenizer, tmp_path, monkeypatch):
     texts = [tokenizer.decode([t for t, m in zip(tokens, mask) if m]) for tokens, mask, _, kind in rows["train"]
              if kind == "sharegpt4o"]  # fmt: skip
     assert {int(text[2:-1]) for text in texts} - {*range(5), *range(15, 20)}, "not the first rows of a file"
+    assert run("other", "--samples", 14, "--val", 2, "--seed", 1)[1]["train"] != rows["train"]
+    held = [prepare_data.hold_out(seed, [*range(100)], 10) for seed in (0, 1)]
+    assert sorted(held[0]["train"] + held[0]["val"]) == [*range(100)] and len(held[0]["val"]) == 10
+    assert held[0]["val"] == sorted(held[0]["val"]) not in ([*range(10)], held[1]["val"])
     assert list(run("text", "--group", "text")[0]["splits"]["train"]["kinds"]) == ["magpie_pro(l3_80b_st)"]
     assert list(run("one", "--subset", "sharegpt4o")[0]["splits"]["train"]["kinds"]) == ["sharegpt4o"]
     both = run("both", "--subset", "sharegpt4o", "--group", "text")[0]["splits"]["train"]["kinds"]
@@ -3000,7 +3144,7 @@ def test_contrast_teaches_the_encoder(emoji, mixed, tmp_path, monkeypatch):
     Rows, splits = train.Rows, []
     monkeypatch.setattr(train, "Rows", lambda folder, split, *rest: splits.append(split) or Rows(folder, split, *rest))
     cfg = settings(emoji, tmp_path / "run", split="encode", objective="contrast", fusion="none", fusion_fields={},
-                   steps=40, batch_tokens=10_000, lr_vision=5e-3, lr_projector=5e-3)  # fmt: skip
+                   steps=40, batch_tokens=10_000, lr_vision=5e-3, lr_projector=5e-3, muon=2.0)  # fmt: skip
     fresh = train.build_model(cfg, train.read_manifest(emoji, "train")).state_dict()
     train.train(cfg)
     losses = [line["loss"] for line in log_of(tmp_path / "run")]
@@ -3116,8 +3260,9 @@ def test_muon_moves_the_blocks_matrices_orthogonally(emoji, muon):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     rows = train.Rows(emoji, "train", model.config)
     optimizers = train.make_optimizers(model, cfg)
-    for group in train.make_optimizers(model, dataclasses.replace(cfg, weight_decay=0.1))[0].param_groups:
-        assert all((p.ndim > 1) == (group["weight_decay"] == 0.1) for p in group["params"])
+    for optimizer in train.make_optimizers(model, dataclasses.replace(cfg, weight_decay=0.1)):
+        for group in optimizer.param_groups:
+            assert all((p.ndim > 1) == (group["weight_decay"] == 0.1) for p in group["params"])
     train.backward(model, [rows.batch(range(8))], 100, contextlib.nullcontext())
     for optimizer in optimizers:
         optimizer.step()
@@ -3200,6 +3345,12 @@ def test_interrupted_run_resumes_bitwise(few, tmp_path, monkeypatch):
     whole, parts = log_of(tmp_path / "whole"), log_of(tmp_path / "parts")
     assert whole == parts and [line["step"] for line in parts] == list(range(1, 10))
     assert [line["step"] for line in parts if "dev_loss" in line] == [4, 8, 9]
+    model = cli.CLI.from_pretrained(tmp_path / "whole", quiet=True)
+    dev = train.Rows(few, "dev", model.config)
+    loss = train.mean_loss(model, dev, range(len(dev)), cfg, contextlib.nullcontext())
+    assert loss == pytest.approx(whole[-1]["dev_loss"], rel=1e-4)
+    seconds = [json.loads(line)["seconds"] for line in (tmp_path / "parts/log.jsonl").read_text().splitlines()]
+    assert seconds == sorted(seconds) and seconds[-1] > 0
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
     assert not list((tmp_path / "parts").glob("*state.pt*"))
@@ -3231,6 +3382,9 @@ def test_fresh_parts_follow_the_seed(few, tmp_path, monkeypatch):
         assert torch.equal(p, same.state_dict()[name])
         fresh = name.startswith(("amp.", "agf.")) and not name.endswith("bias") and ".B." not in name
         assert torch.equal(p, other.state_dict()[name]) != fresh, name
+    fields = {**FUSION, "gate_bias_init": -1.0}  # not the default of a trained base
+    model = train.build_model(settings(few, "unused", init_from=str(tmp_path), fusion_fields=fields), manifest)
+    assert model.config.fusion.gate_bias_init == -1 and all((agf.gate.bias == -1).all() for agf in model.agf.values())
     one, other = (train.build_model(settings(few, "unused", seed=seed), manifest) for seed in (0, 1))
     assert not torch.equal(one.projector[0].weight, other.projector[0].weight)
     asked = []
@@ -3361,14 +3515,14 @@ def test_recipes(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "evaluate", lambda *arguments: scored.append(arguments))
     for recipe in train.RECIPES:
         arguments = ["--recipe", recipe, "--out", str(tmp_path / recipe), "--ranks", "1", "--device", "cpu"]
+        arguments += ["--data", "mine", *(["--readme", "page"] if recipe != "paper" else [])]
         monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
         train.main()
     assert [Path(cfg.out).name for cfg in stages] == ["encode", "pretrain", "tune", "blind"] * 2 + ["cli"]
     for encode, pretrain, tune, blind in (stages[:4], stages[4:8]):
         assert [cfg.init_from for cfg in (encode, pretrain, tune, blind)] == ["", encode.out, pretrain.out, ""]
-        *paths, _, _, _, limit = scored.pop(0)
-        assert paths == [tune.out, blind.out] and blind.blind and not tune.blind
-        assert limit == (0 if "nano" in tune.out else 250)
+        limit = 0 if "nano" in tune.out else 250
+        assert scored.pop(0) == (tune.out, blind.out, "mine", "page", "cpu", limit) and blind.blind and not tune.blind
     assert not scored and stages[8].init_from.startswith("lmms-lab/")
     # Another fusion is for the stage that has one, and keeps the fields that it does not name.
     given = ["--fusion", "amp", "--fusion_fields", '{"lora_rank": 4}', "--seed", "7"]
@@ -3380,6 +3534,15 @@ def test_recipes(tmp_path, monkeypatch):
     (tmp_path / "run.json").write_text('[{"fusion": "none"}, {"init_from": "stage0", "fusion": "cli"}]')
     assert [cfg.fusion for cfg in train.parse(["--config", str(tmp_path / "run.json"), *given])[1]] == ["none", "amp"]
     assert train.parse(["--recipe", "nano", "--fusion", "none"])[1][2].fusion_fields == {}
+    run = tmp_path / "run.json"
+    run.write_text('[{"out": "x"}, {"init_from": "stage0"}]')
+    for given, outs in (([], ["x", "out/run/stage1", "x"]), (["--out", "y"], ["y/stage0", "y/stage1", "y/stage0"])):
+        one, two = train.parse(["--config", str(run), *given])[1]
+        assert [Path(path).as_posix() for path in (one.out, two.out, two.init_from)] == outs
+    arguments = ["--evaluate", "m", "--blind_model", "b", "--data", "d", "--readme", "r", "--questions", "5"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments, "--device", "cpu"])
+    train.main()
+    assert scored == [("m", "b", "d", "r", "cpu", 5)]
 
 
 def test_train_mistakes_are_one_line(few, mixed, tmp_path, monkeypatch, capsys):
@@ -3447,6 +3610,12 @@ def test_train_mistakes_are_one_line(few, mixed, tmp_path, monkeypatch, capsys):
     ):
         error = mistake(monkeypatch, capsys, train, *arguments)
         assert message in error, (arguments, error)
+    def gone(cfg):
+        raise RuntimeError("Connection closed by peer [127.0.0.1]:1")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train", gone)
+        assert "with --ranks 1" in mistake(patch, capsys, train, *tiny, "--ranks", 1)
     for name, value in (("steps", 2), ("lr_decoder", 0.5), ("batch_rows", 9), ("fusion", "amp"), ("max_length", 99)):
         with pytest.raises(InputError, match=f"other settings, {name}="):
             train.train(dataclasses.replace(settings(few, tmp_path / "done", steps=1), **{name: value}))
@@ -3527,7 +3696,8 @@ def test_evaluate(few, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(cli.CLI, "generate", generate)
     readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- nano accuracy -->\nold table\n<!-- end -->\nafter\n")
+    after = "\nafter\n<!-- other -->\nkept\n<!-- end -->\n"
+    readme.write_text("before\n<!-- nano accuracy -->\nold table\n<!-- end -->" + after)
     monkeypatch.setattr(sys, "argv", ["train.py", "--evaluate", str(out), "--blind_model", str(tmp_path / "blind"),
                                       "--data", str(few), "--readme", str(readme)])  # fmt: skip
     train.main()
@@ -3551,17 +3721,21 @@ def test_evaluate(few, tmp_path, monkeypatch, capsys):
     assert all(x["given"] == x["right"] + " maybe" * (x["right"] in chatty) for x in lines)
     page = readme.read_text()
     assert page.startswith("before\n<!-- nano accuracy -->\n| question | val_seen |")
-    assert page.endswith("|\n<!-- end -->\nafter\n") and "old" not in page
+    assert page.endswith("|\n<!-- end -->" + after) and "old" not in page
     assert "| all | 100 / 0 / " in page and page.split("\n")[2] in capsys.readouterr().out
+    half, whole = train.Counter(n=2, model=1), train.Counter(n=4, model=4)
+    table = train.accuracy_table({"a": {"x": half}, "b": {"y": whole}}, ["model"])
+    assert table[2:] == ["| x | 50 |  |", "| y |  | 100 |", "| all | 50 | 100 |"]
     means, table = train.gates_table({"name": [{1: [0.25, 0.5]}, {1: [0.75, 1.0]}]}, {1: (2, 5)})
     assert means == {"name": {1: [0.5, 0.75]}}
     assert table[::2] == ["| question | layer 1 <- 2, 5 |", "| name | 0.50 0.75 |"]
 
 
-def test_evaluate_scores_first_answers(mixed):
+@pytest.mark.parametrize("labels", ["answer", "llava"])
+def test_evaluate_scores_first_answers(mixed, labels):
     """Of a conversation the first answer counts, the majority's too; what does not fit into the context is wrong."""
-    model = tiny_model(mixed / "answer")
-    rows = train.Rows(mixed / "answer", "train", model.config)
+    model = tiny_model(mixed / labels)
+    rows = train.Rows(mixed / labels, "train", model.config)
     firsts = [tuple(tokens[slice(*train.first_answer(marks))].tolist()) for tokens, marks, _ in rows]
     assert [model.tokenizer.decode(ids) for ids in firsts] == [f"A {n}." for n in range(7)]
     assert train.majority(rows) == {"text": firsts[0], "picture": firsts[1], "pictures": firsts[3]}
@@ -3744,7 +3918,19 @@ def test_fusion_interventions(emoji, monkeypatch):
         assert all(W[j] == 0 < W[1 - j] for W in seen[8 + 4 * j].values())
 
 
-def test_fusion_runs_on_cached_levels(few, tmp_path):
+def test_fusion_gates_are_described_by_kind():
+    """Mean W of each kind of question over all validation splits, its spread, and how often it is shut or open."""
+    kinds = dict(zip(scenes.VALIDATION, (["name", "kind"], ["kind"], ["name"] * 3, ["kind", "name"])))
+    W = {"name": [0.001, 0.4], "kind": [0.995, 0.6]}
+    found = {split: {"gates": {1: torch.tensor([W[kind] for kind in asked])}} for split, asked in kinds.items()}
+    told = study.describe_gates(found, {split: argparse.Namespace(kinds=asked) for split, asked in kinds.items()})
+    whole = np.array([W[kind] for asked in kinds.values() for kind in asked])
+    assert told[1]["kinds"] == {"name": pytest.approx(W["name"]), "kind": pytest.approx(W["kind"])}
+    assert told[1]["saturated"] == [1, 0] and told[1]["mean"] == pytest.approx(whole.mean(0), abs=1e-4)
+    assert told[1]["sd"] == pytest.approx(whole.std(0), abs=1e-4)
+
+
+def test_fusion_runs_on_cached_levels(few, tmp_path, monkeypatch):
     """The encoder's levels from the disk, in the encoder's place, give what the encoder gives, row by row; a run starts
     from the model of its own seed, and "CLI's time" is longer than its own steps."""
     encoder = tiny_model(few, fusion="none", fusion_fields={})
@@ -3769,7 +3955,19 @@ def test_fusion_runs_on_cached_levels(few, tmp_path):
     plan = {"step_seconds": {"cli": 0.3, "none": 0.2}}
     specs = [study.main_spec(args, plan, "tuned", variant, 3, 1e-3) for variant in ("none_long", "cli")]
     assert [spec["steps"] for spec in specs] == [150, 100]
-    assert study.config_of(args, specs[1])[0].init_from == str(args.work / "pretrain-3")
+    cfg, _ = study.config_of(args, specs[1])
+    assert (cfg.init_from, cfg.seed, cfg.split) == (str(args.work / "pretrain-3"), 3, "train")
+    assert cfg.lr_decoder == cfg.lr_projector == cfg.lr_fusion == 1e-3 and cfg.lr_vision == 0
+    for spec in [study.main_spec(args, plan, "tuned", v, 0, 1e-3) for v in study.VARIANTS if study.VARIANTS[v][2]]:
+        assert study.config_of(args, spec)[0].fusion_fields == {**study.REACH, **study.VARIANTS[spec["variant"]][2]}
+    args.log_every, steps, take_step = 2, [], train.take_step
+    monkeypatch.setattr(train, "rows_of_step", lambda step, *_: [step, step + 1])
+    monkeypatch.setattr(cached, "batch", lambda rows, batch=cached.batch: steps.append(rows) or batch(rows))
+    losses = []
+    monkeypatch.setattr(train, "take_step", lambda *a: losses.append(take_step(*a)) or losses[-1])
+    curve, _ = study.fit(args, model, cached, dataclasses.replace(settings(few, "unused", steps=3), steps=3))
+    assert sorted(sum(steps, [])) == [0, 1, 1, 2, 2, 3] and [line["step"] for line in curve] == [2, 3]
+    assert curve[0]["loss"] == pytest.approx((losses[0][0] + losses[1][0]) / 2, abs=1e-4)
 
 
 def test_fusion_interval():
@@ -3906,7 +4104,8 @@ def test_fusion_report_tables():
     assert answers.accuracy(("tuned", "cli")) == (1, 1, 1) and answers.accuracy(("tuned", "none"))[0] == 20 / 60
     assert answers.difference(("tuned", "cli"), ("tuned", "none"))[0] == pytest.approx(40 / 60)
     main = {row.split("|")[1].strip(): row for row in fusion_report.main_table(answers, "tuned")[2:]}
-    assert len(main) == 8 and "+66.7 [" in main["CLI"]
+    assert len(main) == 8 and main["CLI"].split("|")[3].strip().startswith("+66.7 [")  # minus none
+    assert main["CLI"].split("|")[4].strip() == "+0.0 [0.0, 0.0]" and not main["SLI"].split("|")[4].strip()
     assert main["CLI"].endswith("| 2.00 | 100 | 1.00 | 10 | 0.001 | 3 |")
     claims = fusion_report.claims_table(answers, "tuned")
     assert any("CLI minus none" in row and row.endswith("| 3 | holds |") for row in claims)
@@ -3921,6 +4120,10 @@ def test_fusion_report_tables():
     assert "| 20 | 0.0 [0.0, 0.0] | +50.0 [50.0, 50.0] | +100.0" in needs[0] and "| new ones | 20 |" in needs[1]
     assert "| none (one-to-one) (3) | DeepStack (3) | SLI (2) |" in fusion_report.needs_table(answers, "tuned")[0]
     kinds = fusion_report.kinds_table(answers, "tuned", "val_seen")
+    assert any(row.startswith("| background | 20 | 0.0 |") for row in kinds)
+    assert any(row.startswith("| all | 40 | 50.0 |") for row in kinds)
+    where = (answers.splits == "val_seen") & (answers.kinds == "background")  # of every concept the same half
+    assert answers.accuracy(("tuned", "deepstack"), where) == (0.5, 0.5, 0.5)
     assert f"| name | 20{' | 100.0' * 8} |" in kinds and fusion_report.main_table(answers, "scratch") == []
 
 
