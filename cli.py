@@ -1011,8 +1011,8 @@ def read_layout(raw, shapes, tower=None, key_map=None, generation=None):
         return 1 + max(int(m[1]) for name in ours if (m := re.match(part + r"\.layers\.(\d+)\.", name)))
 
     text = raw.get("text_config") or raw
-    kind, bare = text.get("model_type", "llama"), text is not raw or not any(name.startswith("vision.") for name in ours)
-    if bare and kind not in DECODERS:  # else the whole model's; others share the names, but scale or rotate otherwise
+    bare = text is not raw or not any(name.startswith("vision.") for name in ours)  # else it says what the whole is
+    if bare and (kind := text.get("model_type", "llama")) not in DECODERS:  # same names, but other arithmetic
         raise InputError(f"config.json: a decoder of model_type {kind!r} is not supported, only {', '.join(DECODERS)}")
     vocab, D = ours["decoder.embed_tokens.weight"]
     heads = text.get("num_attention_heads", 32)
