@@ -263,8 +263,8 @@ def fusion_preset(name, depth, levels, decoder_layers=None, vision_levels=None, 
     if name not in PRESETS:
         raise InputError(f"unknown fusion preset {name!r}: expected one of {', '.join(PRESETS)}")
     pairing, projector, gate = PRESETS[name]
-    ls = parse_layers(decoder_layers or f"RANGE-1-{depth}-4")
-    ks = parse_layers(vision_levels or f"RANGE-1-{levels}-2")
+    ls = parse_layers(f"RANGE-1-{depth}-4" if decoder_layers is None else decoder_layers)
+    ks = parse_layers(f"RANGE-1-{levels}-2" if vision_levels is None else vision_levels)
     if name != "none" and not (ls and ks):
         raise InputError(f"fusion {name}: decoder layers {ls} <- vision levels {ks}: neither may be empty")
     routes = {"none": [], "all": [(l, ks) for l in ls], "final": [(l, (levels,)) for l in range(len(ls))],
@@ -1052,7 +1052,9 @@ def read_layout(raw, shapes, tower=None, key_map=None, generation=None):
     side = math.isqrt(ours["vision.position_embedding.weight"][0] - clip)
     size = v.get("image_size") or (384 if (side, patch) == (27, 14) else side * patch)  # 27 * 14 = 378: no shape tells
     # LLaVA drops the last block of a CLIP or of a bare SigLIP; inside a checkpoint SigLIP's is gone already
-    last = raw.get("vision_feature_layer", -2 if tower or clip else -1)
+    last = raw.get("vision_feature_layer", raw.get("mm_vision_select_layer", -2) if clip else -2 if tower else -1)
+    if clip and raw.get("vision_feature_select_strategy", raw.get("mm_vision_select_feature")) in ("full", "cls_patch"):
+        raise InputError("config.json: the vision encoder's class token among the visual tokens is not supported")
     vision = build(VisionConfig, dict(
         kind="clip" if clip else "siglip", hidden_size=Dv, intermediate_size=ours["vision.layers.0.mlp.fc1.weight"][0],
         num_hidden_layers=count("vision") + 1 + last, num_attention_heads=heads, image_size=size, patch_size=patch,
@@ -1271,6 +1273,8 @@ def load_image(source):
         image = source if isinstance(source, Image.Image) else Image.open(source)
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels, more than the limit of {MAX_PIXELS:,}")
+        if image.mode == "F":
+            raise ValueError("its pixels are floating-point numbers, and nothing says which of them is white")
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):
             image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).round().astype(np.uint8))

@@ -1559,6 +1559,13 @@ def test_config_fields_of_the_originals():
     assert (old.image_aspect_ratio, old.newline, old.template, old.eos_token_ids) == ("pad", False, "vicuna_v1", (2,))
     assert (old.vision.image_mean, old.vision.image_std, old.vision.layer_norm_eps) == (CLIP_MEAN, CLIP_STD, 1e-5)
     assert cli.read_layout(dict(raw_15, vision_feature_layer=-1), shapes_15)[0].vision.num_hidden_layers == 24
+    fails(lambda: cli.read_layout(dict(raw_15, vision_feature_select_strategy="full"), shapes_15), "class token")
+    (shapes_old, raw_old), tower = PUBLISHED["liuhaotian LLaVA-1.5-7B and CLIP"][:2], {"vision_config": CLIP_L_JSON}
+    for layer, blocks in ((-2, 23), (-1, 24)):
+        config = cli.read_layout(dict(raw_old, mm_vision_select_layer=layer), shapes_old, tower)[0]
+        assert config.vision.num_hidden_layers == blocks
+    fails(lambda: cli.read_layout(dict(raw_old, mm_vision_select_feature="cls_patch"), shapes_old, tower),
+          "class token")
     short = {k: v for k, v in raw_15["text_config"].items() if k != "max_position_embeddings"}
     bare = dict(raw_15, text_config=short, vision_config={"num_attention_heads": 16})
     assert cli.read_layout(bare, shapes_15)[0].decoder.max_position_embeddings == 2048
@@ -1735,6 +1742,7 @@ def test_errors_of_pictures(tmp_path, monkeypatch):
     fails(lambda: cli.load_image(tmp_path / "absent.png"), "absent.png")
     fails(lambda: cli.load_image(tmp_path), tmp_path.name)
     fails(lambda: cli.load_image(b"no picture"), "picture: not a picture")
+    fails(lambda: cli.load_image(Image.new("F", (3, 3), 0.5)), "floating-point")  # 0 to 1, or to 255, or anything
     assert cli.MAX_PIXELS >= 108_000_000  # what telephones take
     monkeypatch.setattr(cli, "MAX_PIXELS", 100)
     monkeypatch.setattr(cli.ImageOps, "exif_transpose", None)  # refused before anything is decoded
@@ -1939,7 +1947,7 @@ def test_errors_of_options(base):
     fails(lambda: tiny_config(image_aspect_ratio="anyres_max_0"), "anyres_max_0")
     fails(lambda: Config(cli.VisionConfig(kind="CLIP")), "kind='CLIP'", "siglip or clip")
     fails(lambda: Config.from_dict(dict(tiny_config().to_dict(), colour=3)), "colour")
-    for layers in ({"decoder_layers": "RANGE-5-3-1"}, {"vision_levels": "RANGE-5-3-1"}):
+    for layers in ({"decoder_layers": "RANGE-5-3-1"}, {"vision_levels": "RANGE-5-3-1"}, {"decoder_layers": []}):
         fails(lambda layers=layers: cli.fusion_preset("cli", LAYERS, BLOCKS, **layers), "neither may be empty")
     fails(lambda: tiny_config(FusionConfig(routes=((1, ()),))), "route 1")
     fails(lambda: load(base, dtype="float33"), "float33")
