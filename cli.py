@@ -27,6 +27,7 @@ heads, hd head size. Sequences lie end to end in one flat stream (T, D) without 
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import functools
 import io
 import itertools
@@ -35,6 +36,8 @@ import math
 import os
 import re
 import sys
+import warnings
+import zipfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +77,12 @@ class InputError(ValueError):
 def first_line(e):
     """What another's exception says, in one line; its kind, if it says nothing."""
     return (getattr(e, "strerror", None) or str(e).strip() or type(e).__name__).splitlines()[0]
+
+
+def did_you_mean(name, known):
+    """The nearest of the known names, as the end of a message; nothing where none is near."""
+    near = difflib.get_close_matches(name, known, 1)
+    return f": did you mean {near[0]}?" if near else ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -185,6 +194,9 @@ class Config:
 
     def __post_init__(self):
         v, d = self.vision, self.decoder
+        for name, size in (*vars(d).items(), *(vars(v).items() if v else ())):
+            if type(size) is int and size < 1:
+                raise InputError(f"config field {name}={size}: expected at least 1")
         if not re.fullmatch(r"pad|anyres(_max_[1-9]\d*)?", self.image_aspect_ratio):
             raise InputError(f"image_aspect_ratio {self.image_aspect_ratio!r}: expected pad, anyres or anyres_max_N")
         if self.template not in TEMPLATES:
@@ -1234,7 +1246,7 @@ def read_weights(folder):
     for path in paths:
         try:
             tensors |= (load_file(path) if path.suffix == ".safetensors"
-                        else torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+                        else torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)))
         except Exception as e:  # safetensors, pickle and zip each have errors of their own
             raise InputError(f"{path}: missing, damaged or not a weights file: {first_line(e)}") from e
     for name, tensor in tensors.items():
@@ -1270,7 +1282,9 @@ def load_image(source):
     16 bits scaled to 8, of an animation the first frame. Raises InputError naming the file."""
     try:
         source = io.BytesIO(source) if isinstance(source, bytes) else source
-        image = source if isinstance(source, Image.Image) else Image.open(source)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of a lower limit than ours
+            image = source if isinstance(source, Image.Image) else Image.open(source)
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels, more than the limit of {MAX_PIXELS:,}")
         if image.mode == "F":
@@ -1441,7 +1455,7 @@ def choose(logits, seen, penalty, temperature, top_k, top_p, generator):
         logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
     if temperature == 0:
         return logits.argmax(-1)
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # no overflow however low the temperature
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)  # no overflow, and no 0 / 0
     if top_k:
         logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1]))[0][:, -1:], -math.inf)
     probs, order = logits.softmax(-1).sort(-1, descending=True)
@@ -1498,6 +1512,10 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
 
     def error(self, message):
+        if unknown := re.match(r"unrecognized arguments: (--[\w-]+)", message):
+            commands = [p for a in self._actions if isinstance(a.choices, dict) for p in a.choices.values()]
+            known = [flag for p in (self, *commands) for a in p._actions for flag in a.option_strings]
+            message += did_you_mean(unknown[1], known)
         raise InputError(message)
 
 
@@ -1511,6 +1529,11 @@ def run_program(main):
         sys.exit(1)
     except (InputError, OSError) as e:  # an OSError names its file
         print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as e:
+        if not re.search(r"MemoryError|out of memory|allocate memory", f"{type(e).__name__}: {e}"):
+            raise
+        print(f"error: not enough memory (bfloat16 and smaller batches take less): {first_line(e)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

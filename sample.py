@@ -11,6 +11,7 @@ folder; one that was stopped goes on where it was when the same command is given
 """
 import json
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -23,22 +24,27 @@ from cli import CLI, PRESETS, InputError, KVCache, encode_chat, load_image, prep
 HERE = Path(__file__).resolve().parent
 DEMO = [("single.png", "What is this?"), ("single.png", "What colour is the background?"),
         ("scene.png", "What is in the top right?")]
+# What an answer of a batch depends on beside its question and the model: kept with it.
+OPTIONS = ("fusion", "vision", "key_map", "max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty",
+           "seed")  # fmt: skip
 
 
 def say(text):
     print(text, file=sys.stderr, flush=True)
 
 
-def generate(model, prompts, pictures, args, cache=None):
+def generate(model, prompts, pictures, args, cache=None, number=0):
+    """number: of the turn, or of the batch's first row: each draws its own noise."""
     return model.generate(prompts, pictures, args.max_new_tokens, args.temperature, args.top_k, args.top_p,
-                          args.repetition_penalty, args.seed, cache)
+                          args.repetition_penalty, args.seed + number, cache)
 
 
-def answer(model, prompt, pictures, args, cache=None, show=True):
-    """Generate one answer, streaming it -> (text, ids, facts). Ctrl-C ends the answer and is passed on in the facts."""
-    start, first, ids, printed, stopped = time.time(), None, [], 0, False
+def answer(model, prompt, pictures, args, start, cache=None, show=True, turn=0):
+    """Generate one answer, streaming it -> (text, ids, facts). Ctrl-C ends the answer and is passed on in the facts.
+    start: when its question was read."""
+    first, ids, printed, stopped = None, [], 0, False
     try:
-        for (token,) in generate(model, [prompt], [pictures], args, cache):
+        for (token,) in generate(model, [prompt], [pictures], args, cache, turn):
             first = first or time.time()
             ids.append(token)
             text = model.tokenizer.decode(ids)
@@ -79,8 +85,11 @@ def gates_text(gates):
 
 
 def draw_gates(pages, path):
-    """A heat map PNG (the paper's Figure 1b), one panel for each (title, gates)."""
+    """A heat map PNG (the paper's Figure 1b), one panel for each (title, gates). Of a title the first line is shown, as
+    far as it goes; one that the font cannot write is left out."""
     cell, left, top, font = 44, 70, 58, ImageFont.load_default(13)  # pixels
+    pages = [(textwrap.shorten(title.strip().split("\n")[0], 60, placeholder="..."), gates) for title, gates in pages]
+    pages = [(title * all(c < "\u0180" for c in title), gates) for title, gates in pages]
     columns = [sorted({k for row in gates.values() for k in row}) for _, gates in pages]
     widths = [max(left + cell * len(ks) + 30, int(font.getlength(title)) + 30)
               for ks, (title, _) in zip(columns, pages)]
@@ -128,10 +137,11 @@ def ask(model, args, questions):
     """Answer (paths of pictures, prompt) after each other, with heat maps where asked."""
     pages = []
     for paths, prompt in questions:
+        start = time.time()
         ids, images = prepare(model, paths, prompt)
         if len(questions) > 1:
             say(f"\n{', '.join(str(Path(p).name) for p in paths)}: {prompt}")
-        text, _, facts = answer(model, ids, images, args, show=not args.json)
+        text, _, facts = answer(model, ids, images, args, start, show=not args.json)
         if args.json:
             result = {"model": str(args.model), "images": [str(p) for p in paths], "prompt": prompt, "answer": text,
                       **facts, "peak_memory_gib": round(cli.peak_memory(model.device), 3)}
@@ -151,7 +161,7 @@ def chat(model, args):
     """Talk until Ctrl-D. The cache holds what was said: a turn only costs its own tokens."""
     images = [prepare_image(path, model.config, len(args.image) > 1) for path in args.image]
     cache = KVCache(model.config.decoder, 1, 0, model.device, model.dtype)
-    left = None  # tokens of the last answer that were printed but not fed
+    left, turns = None, 0  # tokens of the last answer that were printed but not fed; turns fed so far
     say("Ask; Ctrl-C stops an answer, Ctrl-D ends.")
     while True:
         try:
@@ -160,13 +170,17 @@ def chat(model, args):
             return print()
         if not text.strip():
             continue
-        turn = ("user", user_content(text, len(images)))
-        prompt = (left or []) + encode_chat(model.tokenizer, model.config.template, [turn], start=left is None)[0]
-        fed = cache.lengths[0] + stream_length(model, prompt, images)
-        _, ids, facts = answer(model, prompt, images, args, cache)
+        turn, start = ("user", user_content(text, len(images))), time.time()
+        try:
+            prompt = (left or []) + encode_chat(model.tokenizer, model.config.template, [turn], start=left is None)[0]
+            fed = cache.lengths[0] + stream_length(model, prompt, images)
+            _, ids, facts = answer(model, prompt, images, args, start, cache, turn=turns)
+        except InputError as e:  # longer than what is left of the context: the conversation stays as it was
+            say(f"error: {e}")
+            continue
         if cache.lengths[0] < fed:  # stopped while the turn was read: nothing of it is in the cache
             continue
-        left, images = ids[cache.lengths[0] - fed :], []
+        left, images, turns = ids[cache.lengths[0] - fed :], [], turns + 1
         report(facts, args, model.device)
 
 
@@ -195,8 +209,9 @@ def read_questions(path):
     return questions
 
 
-def answer_rows(model, rows, args):
-    """Decode the answers to some questions together: each gets its "answer", or "error", and loses its "paths"."""
+def answer_rows(model, rows, args, number):
+    """Decode the answers to some questions together: each gets its "answer", or "error", and loses its "paths"; number:
+    of the first row."""
     prompts, pictures, good = [], [], []
     for row in rows:
         try:
@@ -207,7 +222,7 @@ def answer_rows(model, rows, args):
         prompts.append(ids)
         pictures.append(images)
         good.append(row)
-    steps = list(generate(model, prompts, pictures, args)) if good else []
+    steps = list(generate(model, prompts, pictures, args, number=number)) if good else []
     for b, row in enumerate(good):
         row["answer"] = model.tokenizer.decode([step[b] for step in steps]).strip()
 
@@ -215,28 +230,31 @@ def answer_rows(model, rows, args):
 def batch(model, questions, args):
     """Answer what read_questions gave, args.batch_size at a time; lines are appended as they come, and those of an
     earlier run that failed are tried again first. -> number that failed"""
-    questions, out, done = [{**q, "model": args.model} for q in questions], Path(args.out), []
+    own = {"model": args.model, "options": {k: getattr(args, k) for k in OPTIONS if getattr(args, k) is not None}}
+    questions, out, done = [{**q, **own} for q in questions], Path(args.out), []
     if out.exists():
-        whole = out.read_bytes()
-        whole = whole[: whole.rfind(b"\n") + 1]  # a killed run may have left half a line
+        *whole, half = out.read_bytes().split(b"\n")  # a killed run may have left half a line
         try:
-            done = [json.loads(line) for line in whole.splitlines()]
-            asked = [{k: v for k, v in q.items() if k != "paths"} for q in questions[: len(done)]]
-            if [{k: v for k, v in d.items() if k not in ("answer", "error")} for d in done] != asked:
+            done = [json.loads(line) for line in whole]
+            asked = [{k: v for k, v in q.items() if k != "paths"} for q in questions]
+            if [{k: v for k, v in d.items() if k not in ("answer", "error")} for d in done] != asked[: len(done)]:
+                raise ValueError
+            following = json_lines(asked[len(done) :][:1]).encode(errors="backslashreplace")[:-2]  # but for "}"
+            if half[: len(following)] != following[: len(half)]:
                 raise ValueError
         except (ValueError, AttributeError):
-            raise InputError(f"{out} exists and does not hold answers of {args.model} to {args.batch}: choose another "
-                             "--out") from None
+            raise InputError(f"{out} exists and does not hold answers of {args.model} to {args.batch}, asked with the "
+                             "same options: choose another --out") from None
         say(f"{sum('answer' in d for d in done)} of {len(questions)} were answered before")
         for n in [n for n, d in enumerate(done) if "error" in d]:
             done[n] = questions[n]
-            answer_rows(model, [done[n]], args)
+            answer_rows(model, [done[n]], args, n)
         cli.write_text(out, json_lines(done))
     failed = sum("error" in d for d in done)
     with open(out, "ab") as file, tqdm(total=len(questions), initial=len(done)) as bar:
         for start in range(len(done), len(questions), args.batch_size):
             rows = questions[start : start + args.batch_size]
-            answer_rows(model, rows, args)
+            answer_rows(model, rows, args, start)
             failed += sum("error" in row for row in rows)
             file.write(json_lines(rows).encode(errors="backslashreplace"))  # cf. cli.write_text
             file.flush()
@@ -298,10 +316,10 @@ def main():
     for name, low in (("max_new_tokens", 1), ("temperature", 0), ("top_k", 0), ("batch_size", 1)):
         if not getattr(args, name) >= low:  # nan neither
             raise InputError(f"--{name.replace('_', '-')} must be at least {low}")
-    if not 0 < args.top_p <= 1 or args.repetition_penalty is not None and args.repetition_penalty <= 0:
+    if not 0 < args.top_p <= 1 or args.repetition_penalty is not None and not 0 < args.repetition_penalty:
         raise InputError("--top-p must be in (0, 1], --repetition-penalty above 0")
-    if not 0 <= args.seed < 2**63:
-        raise InputError("--seed must be at least 0 and below 2**63")
+    if not 0 <= args.seed < 2**62:
+        raise InputError("--seed must be at least 0 and below 2**62")
     if bool(args.batch) != bool(args.out):
         raise InputError("--batch and --out go together")
     if args.batch and (args.image or args.json or args.prompt is not None or args.gates is not None):

@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import importlib
 import io
 import itertools
 import json
@@ -18,6 +19,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
+import warnings
 import weakref
 from pathlib import Path
 
@@ -452,6 +455,9 @@ def test_sharded_checkpoints(binary, tmp_path):
     compare(model, onevision(), prompt(), [picture(30, 20)])
     model = load(write_reference(tmp_path / "15", llava15(), "original", shards=2, binary=binary))
     compare(model, llava15(), prompt(), [picture(30, 20)])
+    for path in (tmp_path / "15").glob("*.bin"):  # as PyTorch wrote them before 1.6
+        torch.save(torch.load(path, weights_only=True), path, _use_new_zipfile_serialization=False)
+    compare(load(tmp_path / "15"), llava15(), prompt(), [picture(30, 20)])
 
 
 def swap_weights(a, b):
@@ -1161,7 +1167,7 @@ def test_choose_combines_its_options():
         return {tuple(cli.choose(logits, seen, *options, generator).tolist()) for _ in range(200)}
 
     assert drawn(four, seen, 50.0, 1.0, 1, 1.0) == {(1,)}
-    assert drawn(four, ~seen, 50.0, 0.01, 0, 1.0) == {(0,)}
+    assert drawn(four, ~seen, 50.0, 0.01, 0, 1.0) == drawn(four, ~seen, 50.0, 1e-300, 0, 1.0) == {(0,)}
     assert drawn(four, ~seen, 1.0, 1.0, 3, 0.5) == {(0,), (1,)}  # of 0.44, 0.33 and 0.22, the first two make the half
     assert drawn(four, ~seen, 1.0, 1.0, 9, 1.0) == {(0,), (1,), (2,), (3,)}
     both = torch.cat([four, 3 * four.flip(1)])
@@ -1744,6 +1750,11 @@ def test_errors_of_pictures(tmp_path, monkeypatch):
     fails(lambda: cli.load_image(b"no picture"), "picture: not a picture")
     fails(lambda: cli.load_image(Image.new("F", (3, 3), 0.5)), "floating-point")  # 0 to 1, or to 255, or anything
     assert cli.MAX_PIXELS >= 108_000_000  # what telephones take
+    Image.new("1", (12_000, 12_000)).save(tmp_path / "huge.png")
+    with warnings.catch_warnings(record=True) as others:  # Pillow has a limit of its own: one line is enough
+        warnings.simplefilter("always")
+        fails(lambda: cli.load_image(tmp_path / "huge.png"), "huge.png", "128,000,000")
+    assert not others
     monkeypatch.setattr(cli, "MAX_PIXELS", 100)
     monkeypatch.setattr(cli.ImageOps, "exif_transpose", None)  # refused before anything is decoded
     picture(20, 20).save(tmp_path / "large.png")
@@ -1838,7 +1849,7 @@ def test_errors_of_foreign_configs(tmp_path):
     ("vision", {"image_mean": None}), ("decoder", {"rope_theta": None}), ("decoder", {"vocab_size": "many"}),
     ("fusion", {"routes": [["a", [1]]]}), (None, {"eos_token_ids": 7}), (None, {"template": "chatml"}),
     (None, {"grid_pinpoints": [[27, 18]]}), (None, {"grid_pinpoints": [[18]]}), (None, {"grid_pinpoints": "(1x1)"}),
-    (None, {"decoder": None}),
+    (None, {"decoder": None}), ("vision", {"patch_size": 0}), ("decoder", {"num_hidden_layers": -1}),
 ])  # fmt: skip
 def test_errors_of_our_own_config(part, fields):
     """A wrong type or value in our own config.json is one line, before anything is computed with it."""
@@ -1981,10 +1992,16 @@ def test_help(program, monkeypatch, capsys):
 
 
 def test_run_program(capsys):
-    """A user's mistake ends a program with status 2 and one line on standard error, an interrupt with 130; a reader who
-    has left with 1 and without a word."""
+    """A user's mistake ends a program with status 2 and one line on standard error, and so does want of memory, an
+    interrupt with 130; a reader who has left with 1 and without a word."""
     def wrong():
         raise InputError("cat.png: not a picture")
+
+    def mine():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nSee the manual")
+
+    def broken():
+        raise RuntimeError("a bug")
 
     def interrupted():
         raise KeyboardInterrupt
@@ -1994,6 +2011,13 @@ def test_run_program(capsys):
             cli.run_program(main)
         assert stop.value.code == status and capsys.readouterr().err == told
     cli.run_program(lambda: None)
+    for main in (lambda: torch.empty(1 << 60), lambda: [0] * (1 << 60), mine):
+        with pytest.raises(SystemExit) as stop:
+            cli.run_program(main)
+        told = capsys.readouterr().err
+        assert stop.value.code == 2 and told.startswith("error: not enough memory") and told.count("\n") == 1
+    with pytest.raises(RuntimeError, match="a bug"):  # nobody's mistake but ours
+        cli.run_program(broken)
     program = "import cli; cli.run_program(lambda: print('世界'))"
     shown = subprocess.run([sys.executable, "-c", program], stdout=-1, cwd=ROOT, check=True,
                            env={**os.environ, "PYTHONIOENCODING": "ascii"}).stdout  # fmt: skip
@@ -2165,6 +2189,15 @@ def test_sample_passes_its_options_on(asked, monkeypatch, capsys):
                "k", "--dtype", "bfloat16")  # fmt: skip
     assert loads.pop() == ((str(asked),), dict(vision="v", fusion="sli", key_map="k", device=torch.device("cpu"),
                                                dtype=torch.bfloat16))  # fmt: skip
+    (asked / "more.jsonl").write_text('{"prompt": "x"}\n' * 5)  # no two batches, no two turns draw the same noise
+    run_sample(monkeypatch, capsys, "--model", asked, "--batch", asked / "more.jsonl", "--out", asked / "more.out",
+               "--batch-size", 2, "--seed", 8)  # fmt: skip
+    assert [options[7] for options in calls] == [8, 10, 12]
+    calls.clear()
+    feed = lambda model, *options: calls.append(options) or options[8].lengths.__setitem__(0, 999) or iter(())  # noqa: E731
+    monkeypatch.setattr(CLI, "generate", feed)
+    run_sample(monkeypatch, capsys, "--model", asked, "--seed", 8, keys=["x", "y"])
+    assert [options[7] for options in calls] == [8, 9]
 
 
 def test_sample_stops_at_an_interrupt(asked, monkeypatch, capsys):
@@ -2176,6 +2209,23 @@ def test_sample_stops_at_an_interrupt(asked, monkeypatch, capsys):
     monkeypatch.setattr(CLI, "generate", interrupted)
     status, out, _ = run_sample(monkeypatch, capsys, "--model", asked, "--prompt", "x")
     assert status == 130 and out.strip() == load(asked).tokenizer.decode([65]).strip()
+
+
+def test_sample_times_its_tokens(asked, monkeypatch, capsys):
+    """The first token's time is the first one's, the rate that of those behind it."""
+    clock = itertools.count().__next__  # a second passes whenever it is looked at
+    monkeypatch.setattr(sample.time, "time", clock)
+
+    def generate(*_):
+        for i in range(65, 70):
+            for _ in range(3):
+                clock()
+            yield [i]
+
+    monkeypatch.setattr(CLI, "generate", generate)
+    facts = json.loads(run_sample(monkeypatch, capsys, "--model", asked, "--prompt", "x", "--json")[1])
+    assert facts["tokens"] == 5 and 3 <= facts["seconds_to_first_token"] <= 5
+    assert 1 / 5 <= facts["tokens_per_second"] <= 1 / 3
 
 
 def test_sample_answers_and_draws(asked, monkeypatch, capsys):
@@ -2235,6 +2285,10 @@ def test_heat_map_shows_each_weight_in_its_place(tmp_path, monkeypatch):
     first, more = dict(written), {1: {0: 0.11, 3: 0.22}}
     sample.draw_gates([("What?", gates), ("Who?", more)], tmp_path / "g.png")  # panels stand side by side
     assert min(written[w][0] for w in ("0.11", "0.22")) > max(first[w][0] for w in ("0.25", "1.00"))
+    written.clear()  # a title is one line, and no longer than its panel's width can be
+    sample.draw_gates([("What is\nthis?", gates), ("为什么?", gates), ("Why? " * 99, gates)], tmp_path / "g.png")
+    titles = [shown for shown in written if shown.startswith(("W", "为"))]
+    assert len(titles) == 2 and titles[0] == "What is" and titles[1].endswith("Why?...") and len(titles[1]) <= 60
     shown = sample.gates_text(gates).splitlines()
     assert shown[1].split() == ["0", "3"] and [line.split()[0] for line in shown[2:]] == ["1", "5"]
     assert [re.findall(r"\d\.\d+", line) for line in shown[2:]] == [["0.00", "0.25"], ["0.50", "1.00"]]
@@ -2286,6 +2340,42 @@ def test_sample_chat_survives_an_interrupt(asked, monkeypatch, capsys):
     assert status == 0 and len(calls) == 2 and out.split() == expected
 
 
+def test_sample_chat_goes_on_behind_a_turn_that_is_too_long(asked, monkeypatch, capsys):
+    """It is told, nothing of it is kept, and the next one is answered as if it had not been."""
+    common = ["--model", asked, "--image", asked / "a.png", "--max-new-tokens", 4]
+    expected = run_sample(monkeypatch, capsys, *common, keys=["Who?", "Why?"])[1]
+    status, out, err = run_sample(monkeypatch, capsys, *common, keys=["y " * 9000, "Who?", "y " * 9000, "Why?"])
+    assert status == 0 and out == expected and err.count("error: ") == 2 and err.count("context is 4096") == 2
+
+
+def test_sample_chat_keeps_what_was_said_before_an_interrupt(asked, monkeypatch, capsys):
+    """Ctrl-C in the middle of an answer: the next turn is answered as behind the tokens that were printed."""
+    keys, model = ["What is this?", "And why?"], CLI.from_pretrained(asked, quiet=True)
+    pictures = [[Image.open(asked / "a.png")]]
+    ids, _ = cli.encode_chat(model.tokenizer, "qwen_1_5", [("user", cli.user_content(keys[0], 1))])
+    first = [i for (i,) in model.generate([ids], pictures, max_new_tokens=2)]
+    cache = cli.KVCache(model.config.decoder, 1, 0)
+    list(model.generate([ids], pictures, max_new_tokens=2, cache=cache))
+    then, _ = cli.encode_chat(model.tokenizer, "qwen_1_5", [("user", keys[1])], start=False)
+    second = [i for (i,) in model.generate([first[1:] + then], max_new_tokens=4, cache=cache)]
+    generate, calls = CLI.generate, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        yield from itertools.islice(generate(*arguments), 2 if len(calls) == 1 else None)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(CLI, "generate", interrupted)
+    forward, seen = cli.VisionEncoder.forward, []
+    monkeypatch.setattr(cli.VisionEncoder, "forward", lambda *arguments: seen.append(1) or forward(*arguments))
+    common = ["--model", asked, "--image", asked / "a.png", "--max-new-tokens", 4]
+    status, out, _ = run_sample(monkeypatch, capsys, *common, keys=keys)
+    assert len(seen) == 1, "the picture is in the cache"
+    lines = [line.strip() for line in out.splitlines() if line.strip()]
+    assert status == 0 and lines == [model.tokenizer.decode(x).strip() for x in (first, second)]
+
+
 def test_sample_batch_resumes(asked, monkeypatch, capsys):
     """--batch answers as one by one; a torn last line is redone, a bad picture told; other files are kept."""
     rows = [{"prompt": f"What is {i}?", "image": "a.png", "id": i} for i in range(5)]
@@ -2321,9 +2411,10 @@ def test_sample_batch_resumes(asked, monkeypatch, capsys):
         out.write_text(json.dumps({**json.loads(lines[0]), name: value}) + "\n")
         status, _, err = run_sample(monkeypatch, capsys, *common)
         assert status == 2 and "choose another --out" in err
-    out.write_text("precious\n")
-    status, _, err = run_sample(monkeypatch, capsys, *common)
-    assert status == 2 and "choose another --out" in err and out.read_text() == "precious\n"
+    for precious in ("precious\n", "precious", '{"prompt": "mine"}', lines[0]):  # the last: asked otherwise
+        out.write_text(precious)
+        status, _, err = run_sample(monkeypatch, capsys, *common, *["--max-new-tokens", 4] * (precious == lines[0]))
+        assert status == 2 and "choose another --out" in err and out.read_text() == precious
 
 
 @pytest.mark.parametrize("line", ["{", '{"image": "a.png"}', '{"prompt": "x", "image": 3}'])
@@ -2348,7 +2439,8 @@ def test_sample_refuses(asked, monkeypatch, capsys):
                             (["--model", asked, "--prompt", "x", "--seed", 2**64], "--seed"),
                             (["--model", asked, "--prompt", "\udcff"], "not valid Unicode"),
                             (["--model", asked, "--prompt", "x", "--gates", asked / "x.png"], "--gates"),
-                            (["--model", asked, "--promt", "x"], "unrecognized arguments: --promt"),
+                            (["--model", asked, "--promt", "x"], "--promt x: did you mean --prompt?"),
+                            (["--model", asked, "--prompt", "x", "--repetition-penalty", "nan"], "--repetition-p"),
                             (["--batch", asked / "in.jsonl"], "--out"),
                             (["--batch", asked / "in.jsonl", "--out", asked / "o.jsonl", "--json"], "--json"),
                             (["--model", asked, "--prompt", "x", "--max-new-tokens", 0], "--max-new-tokens"),
@@ -2455,7 +2547,7 @@ def png_bytes(colour="red", size=(9, 7)):
 # ---- the emoji corpus
 
 
-def test_emoji_splits_are_disjoint(emoji):
+def test_emoji_splits_are_disjoint(emoji, tmp_path, monkeypatch):
     """Read back from the recipes: what is held out occurs nowhere in training, only where it is asked for."""
     concepts = scenes.load_emoji()[1]
     shown = {split: set() for split in SPLITS}  # (concept, artist, colour), a skin tone counted as its concept
@@ -2485,6 +2577,11 @@ def test_emoji_splits_are_disjoint(emoji):
             parts.setdefault(concept.get("base", concept["id"]), set()).add(scenes.part_of(0, concept, artist))
     assert all(p == {"concept"} or p == {"dev_concept"} or "train" in p for p in parts.values())
     assert 0.07 < sum(p == {"concept"} for p in parts.values()) / len(parts) < 0.13
+    write_shards(monkeypatch, *FEW, "--out", tmp_path, "--tokenizer", emoji, "--seed", 1)  # others are held out
+    for split, part in (("val_concept", "concept"), ("train", "train")):
+        cells = [cell for _, _, (recipe,), _ in rows_of(tmp_path, split) for cell in json.loads(recipe)["cells"]]
+        assert all(scenes.part_of(1, concepts[key], artist) == part for key, artist, *_ in cells)
+        assert not all(scenes.part_of(0, concepts[key], artist) == part for key, artist, *_ in cells)
 
 
 def test_emoji_supervises_exactly_the_answers(emoji):
@@ -2849,6 +2946,7 @@ def test_prepare_mistakes_are_one_line(emoji, tmp_path, small_tokenizer, monkeyp
         (["emoji", "--max-bad", "-1"], "cannot be negative"),
         (["emoji", "--max-bad", "nan"], "cannot be negative"),
         (["emoji", "--steps", "1"], "unrecognized arguments: --steps"),
+        (["emoji", "--vall", "1"], "unrecognized arguments: --vall 1: did you mean --val?"),
         ([], "COMMAND"),
         (["emoji", *(word for split in ("encode", "pretrain", "train", "val") for word in (f"--{split}", "0")),
           "--tokenizer", emoji], "no rows in emoji"),
@@ -3166,6 +3264,19 @@ def test_contrast_teaches_the_encoder(emoji, mixed, tmp_path, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(cli.InputError, match="needs rows of one picture each"):
         train.train(settings(mixed / "answer", tmp_path / "no", objective="contrast", batch_tokens=10_000))
+    model = train.build_model(cfg, train.read_manifest(emoji, "train"))
+    rows = train.Rows(emoji, "encode", perturb(model).config)
+    (loss, count, _), last = train.contrast(model, **rows.batch([0, 1, 2])), model.config.vision.num_hidden_layers
+    pictures, words = [], []
+    for tokens, marks, (recipe,) in (rows[i] for i in range(3)):
+        crop = cli.prepare_image(scenes.open_picture(recipe), model.config).crops[:1]
+        pictures.append(model.projector(model.vision(crop, [last])[last])[0].mean(0))
+        words.append(model.decoder.embed_tokens.weight[tokens[marks == 1]].sum(0))
+    by_hand = 0
+    for i, seen in enumerate(pictures):
+        scores = torch.stack([20 * F.cosine_similarity(seen, word, dim=0) for word in words])
+        by_hand -= scores.log_softmax(0)[i]
+    assert count == 3 and loss.item() == pytest.approx(by_hand.item(), rel=1e-4)
 
 
 def test_bfloat16_and_checkpointing_come_close(few, tmp_path, monkeypatch):
@@ -3316,7 +3427,7 @@ def test_logged_gates_are_those_of_rows_with_a_picture(emoji):
 
 @pytest.mark.parametrize("start, moves", [(1.0, False), (0.0, True)])
 def test_gates_wait(emoji, tmp_path, start, moves):
-    """Up to gate_start the gates stay as they are and everything else learns."""
+    """Up to gate_start the gates stay as they are and everything else learns; the log has the highest rate."""
     cfg = settings(emoji, tmp_path / "run", steps=0, epochs=0.012, gate_start=start)  # three steps
     fresh = train.build_model(cfg, train.read_manifest(emoji, "train")).state_dict()
     train.train(cfg)
@@ -3324,6 +3435,9 @@ def test_gates_wait(emoji, tmp_path, start, moves):
     for name in after:
         if name.endswith("B.weight") or name.endswith("gate.bias"):
             assert torch.equal(after[name], fresh[name]) is (name.startswith("agf") and not moves), name
+    peak = max(cfg.lr_decoder, cfg.lr_projector, cfg.lr_fusion, cfg.lr_vision)
+    rates = [line["lr"] for line in log_of(tmp_path / "run")]
+    assert rates == pytest.approx([peak * train.schedule(step, 3, cfg.warmup) for step in range(3)])
 
 
 def test_interrupted_run_resumes_bitwise(few, tmp_path, monkeypatch):
@@ -3367,17 +3481,22 @@ def test_interrupted_run_resumes_bitwise(few, tmp_path, monkeypatch):
     assert len(calls) == 11
 
 
-def test_checkpoints_come_by_the_clock(few, tmp_path, monkeypatch):
-    """One every save_minutes, and it stays until the model is written."""
+def test_checkpoints_come_by_the_clock(few, tmp_path, monkeypatch, capsys):
+    """One every save_minutes, and it stays until the model is written; settings are told and kept from the start."""
     clock, saved, write_whole = itertools.count(0, 30), [], cli.write_whole  # every look at it half a minute later
     monkeypatch.setattr(train, "time", argparse.Namespace(time=lambda: next(clock)))
     monkeypatch.setattr(cli, "write_whole", lambda path, write: saved.append(path.name) or write_whole(path, write))
     train.train(settings(few, tmp_path / "run", steps=9, save_minutes=2.0))  # three looks a step, one more a checkpoint
-    assert saved.count("state.pt") == 4
+    assert saved.count("state.pt") == 4 and not (tmp_path / "run/settings.json").exists()
     monkeypatch.setattr(CLI, "save_pretrained", lambda *_, **__: [][0])
+    capsys.readouterr()
     with pytest.raises(IndexError):
         train.train(settings(few, tmp_path / "full", steps=2, save_minutes=0.0))
     assert torch.load(tmp_path / "full/state.pt", weights_only=True)["step"] == 1
+    facts, told = cli.read_json(tmp_path / "full/settings.json"), capsys.readouterr().out
+    assert facts["config"]["steps"] == facts["steps"] == 2 and facts["commit"] == train.commit()
+    told = next(line for line in told.splitlines() if line.startswith("settings"))
+    assert ", steps=2," in told and "beta2" not in told
 
 
 def test_fresh_parts_follow_the_seed(few, tmp_path, monkeypatch):
@@ -3564,8 +3683,9 @@ def test_train_mistakes_are_one_line(few, mixed, tmp_path, monkeypatch, capsys):
     (tmp_path / "cut/state.pt").write_bytes(b"cut off")
     manifest = json.loads((few / "manifest.json").read_text())
     manifest["splits"] = {"train": manifest["splits"]["train"]}
-    (tmp_path / "alone").mkdir()
-    (tmp_path / "alone/manifest.json").write_text(json.dumps(manifest))
+    for name, text in (("alone", json.dumps(manifest)), ("bare", '{"kinds": []}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text(text)
     (tmp_path / "damaged").mkdir()
     for name, data in contents(few).items():
         (tmp_path / "damaged" / name).write_bytes(data[:1000] if name.startswith("train-") else data)
@@ -3573,8 +3693,8 @@ def test_train_mistakes_are_one_line(few, mixed, tmp_path, monkeypatch, capsys):
             "--steps", 1, "--device", "cpu"]  # fmt: skip
     frozen = [f"--lr_{part}=0" for part in ("decoder", "projector", "fusion", "vision")]
     for arguments, message in (
-        (["--batch_row", "3"], "unknown argument --batch_row: did you mean --batch_rows?"),
-        (["--lr-vision=3"], "unknown argument --lr-vision=3: did you mean --lr_vision?"),
+        (["--batch_row", "3"], "unrecognized arguments: --batch_row 3: did you mean --batch_rows?"),
+        (["--lr-vision=3"], "unrecognized arguments: --lr-vision=3: did you mean --lr_vision?"),
         (["--steps", "many"], "--steps: invalid int value: 'many'"),
         (["--steps", "-1"], "setting steps: got -1, expected at least 0"),
         (["--batch_rows", "0"], "setting batch_rows: got 0, expected at least 1"),
@@ -3587,7 +3707,7 @@ def test_train_mistakes_are_one_line(few, mixed, tmp_path, monkeypatch, capsys):
         (["--config", tmp_path / "many.json"], "setting steps: got 'many', expected int"),
         (["--config", tmp_path / "numbers.json"], "expected a JSON object of settings, or a list of such objects"),
         (["--config", tmp_path / "same.json"], "two stages have the same out"),
-        ([*tiny, "--data", tmp_path], "no manifest.json: make the data with prepare_data.py first"),
+        ([*tiny, "--data", tmp_path], "no manifest.json with splits: make the data with prepare_data.py first"),
         ([*tiny, "--split", "tune"], "has no split 'tune', only encode, pretrain, train, val_seen"),
         ([*tiny, "--data", tmp_path / "damaged"], "train-00000.safetensors: missing or damaged"),
         ([*tiny, "--fusion", "all"], "unknown fusion preset 'all'"),
@@ -3596,6 +3716,9 @@ def test_train_mistakes_are_one_line(few, mixed, tmp_path, monkeypatch, capsys):
         ([*tiny, "--fusion", "cli", "--fusion_fields", '{"agf_norm": "no"}'], "agf_norm is 'no', expected"),
         ([*tiny, "--fusion_fields", '{"agf_norm": true}'], "of which fusion?"),
         ([*tiny, "--beta2", 1], "beta2 must be below 1"),
+        ([*tiny, "--warmup", 5], "warmup and gate_start at most 1"),
+        ([*tiny, "--gate_start", 5], "warmup and gate_start at most 1"),
+        ([*tiny, "--data", tmp_path / "bare"], "no manifest.json with splits"),
         ([*tiny, "--lr_decoder", "nan"], "setting lr_decoder: got nan"),
         ([*tiny, "--epochs", "inf"], "setting epochs: got inf"),
         ([*tiny, "--out", tmp_path / "cut"], "checkpoint is damaged"),
@@ -3619,6 +3742,11 @@ def test_train_mistakes_are_one_line(few, mixed, tmp_path, monkeypatch, capsys):
     ):
         error = mistake(monkeypatch, capsys, train, *arguments)
         assert message in error, (arguments, error)
+    with monkeypatch.context() as patch:  # told before the stages that do not have it are trained
+        patch.setattr(train, "train", None)
+        for arguments in (["--fusion", "clii"], ["--fusion_fields", '{"rank": 3}']):
+            assert "fusion" in mistake(patch, capsys, train, "--data", few, *arguments)
+
     def gone(cfg):
         raise RuntimeError("Connection closed by peer [127.0.0.1]:1")
 
@@ -3795,7 +3923,7 @@ def test_a_model_learns_the_template_of_its_data(emoji, tmp_path):
     assert {*model.config.eos_token_ids} == {0, base.tokenizer.id("<|im_end|>")}
 
 
-def test_evaluate_generates(few, tmp_path):
+def test_evaluate_generates(few, tmp_path, monkeypatch):
     """The answers it writes are what generate() says to each prompt and picture alone, and so are the gates' means."""
     train.train(settings(few, tmp_path, steps=1))
     config = cli.read_json(tmp_path / "config.json")
@@ -3820,6 +3948,10 @@ def test_evaluate_generates(few, tmp_path):
     assert means.keys() == opened.keys() and len(lines) == 9
     for kind, found in opened.items():
         assert closeness(torch.tensor(list(means[kind].values())), torch.stack(found).mean(0)) < 1e-4
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda source, allow_patterns: str(tmp_path))
+    train.evaluate("owner/name", None, few, device="cpu", limit=1)
+    assert cli.read_json("out/eval/name/eval.json")["model"] == "owner/name" and not Path("owner").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3845,6 +3977,50 @@ def test_one_kind(emoji, tmp_path, monkeypatch):
     assert one_kind.failing(scores) == ["kind"]
     result = {"rows": 640, "scores": {"val_seen": {"n": 8, "model": 6}}}
     assert one_kind.table({"clock": result}, scores)[2:] == ["| clock | val_seen | 2,496 | 640 | 30 | 50 | 75 |"]
+    made, trained = [], []
+
+    def learn(cfg):
+        trained.append(cfg)
+        cli.write_text(Path(cfg.out) / "train.json", '{"seconds": 3}')
+
+    for kind in ("clock", "count"):
+        (tmp_path / kind / "model").mkdir(parents=True)
+    monkeypatch.setattr(train, "train", learn)
+    monkeypatch.setattr(one_kind, "make_rows", lambda *arguments: made.append(arguments))
+    monkeypatch.setattr(CLI, "from_pretrained", lambda *_, **options: model)
+    args = argparse.Namespace(steps=0, work=tmp_path, nano=tmp_path / "nano", data=emoji)
+    among = {"val_seen": {"clock": {}, "count": {}}, "val_pair": {"clock": {}}}
+    for kind, steps, splits in (("clock", 400, ["val_seen", "val_pair"]), ("count", 200, ["val_seen"])):
+        found, cfg = one_kind.run(kind, args, among), trained.pop()
+        assert (found["steps"], found["rows"], found["seconds"]) == (steps, 64 * steps, 3)
+        assert list(found["scores"]) == splits
+        assert made.pop() == (kind, 64 * steps, tmp_path / kind / "data", tmp_path / "nano/pretrain")
+        fields = {"init_from": str(tmp_path / "nano/pretrain"), "steps": steps, "data": str(tmp_path / kind / "data"),
+                  "out": str(tmp_path / kind / "model")}  # fmt: skip
+        assert cfg == train.TrainConfig(**{**one_kind.TUNE, **fields})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# experiments/benchmarks.py
+
+
+def test_benchmarks_keep_to_one_model(tmp_path, monkeypatch):
+    """A folder's answers are those of one model in one dtype; half a line at the end, of a killed run, is dropped."""
+    for name in ("lmms_eval", "lmms_eval.api", "lmms_eval.api.model", "lmms_eval.evaluator", "lmms_eval.tasks",
+                 "loguru"):  # fmt: skip
+        module = types.SimpleNamespace(lmms=object, simple_evaluate=None, TaskManager=None, logger=None)
+        monkeypatch.setitem(sys.modules, name, module)
+    benchmarks = importlib.import_module("experiments.benchmarks")
+    own = {"model": "a", "weights": "0123", "dtype": "float32"}
+    assert benchmarks.open_run(tmp_path / "out", own) == ({}, [])
+    line = dict.fromkeys(benchmarks.KEY, 1) | {"answer": "yes"}
+    (tmp_path / "out/answers.jsonl").write_text(json.dumps(line) + '\n{"task"')
+    assert benchmarks.open_run(tmp_path / "out", {**own, "model": "the same elsewhere"}) == ({(1,) * 5: line}, [])
+    assert (tmp_path / "out/answers.jsonl").read_text() == json.dumps(line) + "\n"
+    for change in ({"weights": "4567"}, {"dtype": "bfloat16"}):
+        with pytest.raises(InputError, match="another model"):
+            benchmarks.open_run(tmp_path / "out", {**own, **change})
+    assert benchmarks.open_run(tmp_path / "out", own)[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3977,6 +4153,12 @@ def test_fusion_runs_on_cached_levels(few, tmp_path, monkeypatch):
     curve, _ = study.fit(args, model, cached, dataclasses.replace(settings(few, "unused", steps=3), steps=3))
     assert sorted(sum(steps, [])) == [0, 1, 1, 2, 2, 3] and [line["step"] for line in curve] == [2, 3]
     assert curve[0]["loss"] == pytest.approx((losses[0][0] + losses[1][0]) / 2, abs=1e-4)
+    file = args.work / "val_seen.bin"
+    for change in ({}, {"data_hash": "new"}, {"count": 4}, {"levels": [0, 2]}):  # levels of anything else are not kept
+        asked, before = {"count": 5, "levels": [0, 1, 2], **change}, file.stat().st_ino
+        args.data_hash = change.get("data_hash", args.data_hash)
+        study.cache(args, "val_seen", asked["count"], asked["levels"])
+        assert (file.stat().st_ino == before) == (not change)
 
 
 def test_fusion_interval():
@@ -4024,8 +4206,8 @@ def test_fusion_concepts():
     assert seen == set(study.KINDS)
 
 
-def test_fusion_rate_is_chosen_by_the_first_seed_on_dev():
-    """By right answers on dev, whatever the other splits say; later seeds have no voice."""
+def test_fusion_rate_is_chosen_by_the_first_seed_on_dev(tmp_path, monkeypatch):
+    """By right answers on dev, whatever the other splits say; later seeds have no voice, and take that rate."""
     def result(variant, seed, rate, dev, val):
         return {"spec": {"regime": "tuned", "variant": variant, "seed": seed, "rate": rate},
                 "right": {"dev": study.pack(dev), "val_seen": study.pack(val)}}  # fmt: skip
@@ -4034,6 +4216,39 @@ def test_fusion_rate_is_chosen_by_the_first_seed_on_dev():
                result("cli", 1, 1e-3, [1] * 9, [1, 1]), result("sli", 0, 1e-3, [1] * 9, [1, 1])]  # fmt: skip
     assert study.best_rate(results, "tuned", "cli") == 5e-4 and study.best_rate(results, "tuned", "sli") == 1e-3
     assert study.best_rate(results, "scratch", "cli") is None
+    runs, made = [], []  # a whole study of two variants, each better at another rate
+    slow, fast = study.RATES["tuned"]
+    best = {"cli": slow, "sli": fast, "none": slow}
+
+    def execute(args, specs):
+        runs.append([(x["regime"], x["variant"], x["seed"], x["rate"], x["fields"]) for x in specs])
+        made.extend({"spec": x, "right": {"dev": study.pack([x["rate"] == best.get(x["variant"])] * 8)}}
+                    for x in specs if x["regime"] != "pretrain")  # fmt: skip
+
+    for name, value in {"execute": execute, "load_results": lambda args: made, "tell_plan": lambda *_: None,
+                        "make_plan": lambda args: {"step_seconds": {"cli": 2, "none": 1}}, "cache": lambda *_: None,
+                        "Cached": lambda *_: argparse.Namespace(kinds=[]), "file_hash": lambda path: "e"}.items():
+        monkeypatch.setattr(study, name, value)  # fmt: skip
+    monkeypatch.setattr(CLI, "from_pretrained", lambda *_, **options: argparse.Namespace(config=None))
+    for name in ("encoder/model.safetensors", *(f"work/{split}.json" for split in scenes.VALIDATION)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('{"concepts": []}')
+    args = argparse.Namespace(command="run", part="tuned", seeds=[0, 1, 2], variants=["cli", "sli"], rate=None,
+                              encoder=tmp_path / "encoder", work=tmp_path / "work", results=tmp_path / "results",
+                              questions=8, rows=9, pretrain_steps=1, steps=5, batch_rows=4, data_hash="d",
+                              dtype="float32")  # fmt: skip
+    study.run(args)
+    pretrained, first, others = runs
+    assert [x[:3] for x in pretrained] == [("pretrain", "none", seed) for seed in args.seeds]
+    assert [x[1:4] for x in first] == [(v, 0, rate) for v in ("cli", "sli") for rate in (slow, fast)]
+    assert [x[1:4] for x in others] == [(v, s, best[v]) for s in (1, 2) for v in ("cli", "sli")]
+    with pytest.raises(InputError, match="rate of deepstack is chosen with seed 0"):
+        study.run(argparse.Namespace(**{**vars(args), "seeds": [1], "variants": ["deepstack", "sli"]}))
+    runs.clear()
+    study.run(argparse.Namespace(**{**vars(args), "part": "sweeps", "seeds": [1, 2, 3, 4]}))
+    changes = [fields for _, labels in study.SWEEPS.values() for fields in labels.values()]
+    assert [x[2] for x in runs[0]] == [1, 2, 3] and {x[3] for x in runs[1]} == {slow}
+    assert [x[4] for x in runs[1]] == 3 * changes and {x[2] for x in runs[1]} == {1, 2, 3}
 
 
 def test_fusion_runs_that_do_not_belong_together(tmp_path):
@@ -4134,6 +4349,21 @@ def test_fusion_report_tables():
     where = (answers.splits == "val_seen") & (answers.kinds == "background")  # of every concept the same half
     assert answers.accuracy(("tuned", "deepstack"), where) == (0.5, 0.5, 0.5)
     assert f"| name | 20{' | 100.0' * 8} |" in kinds and fusion_report.main_table(answers, "scratch") == []
+    runs = [result("cli", s, 1e-3, n) for s, n in enumerate((20, 10))]
+    runs += [result("gate=vector", s, 1e-3, n) for s, n in enumerate((14, 10))] + [result("none", 0, 1e-3, 0)]
+    for n, run in enumerate(runs[:4]):
+        run |= {"dev_loss": 1.5 + n, "curve": [{"loss": 9.0}, {"loss": 0.5 + n}], "size": [7.0 + n],
+                "gates": {"0": {"mean": [0.25, 0.75], "sd": [0.125, 0.375], "saturated": [0.0, 1.0 / (1 + n)],
+                                "kinds": {}}}}  # fmt: skip
+    answers = fusion_report.Answers(runs, questions)
+    (row,) = fusion_report.sweeps_table(answers)[2:]
+    cells = [cell.strip() for cell in row.split("|")[1:-1]]
+    assert cells[:3] == ["gate", "scalar", "vector"] and cells[3].startswith("86.7 [")  # 54 and 50 of 60
+    assert cells[4].startswith("-5.0 [") and cells[5] == "-10.0 / +0.0"  # CLI: 60 and 50
+    assert cells[6:] == ["3.000", "4.000", "0: 0.50 (0.25)", "0, 1"]
+    (row,) = fusion_report.gates_table(answers, "tuned")[2:]
+    cells = [cell.strip() for cell in row.split("|")[1:-1]]
+    assert cells == ["CLI", "0", "0.250 0.750", "0.125 0.375", "0.000 0.750", "0.50 / 0.50", "7.5"]
 
 
 def test_fusion_report_without_runs(tmp_path):

@@ -9,14 +9,14 @@
 
 A setting on the command line holds for every stage; a fusion, and field by field its fields, for those that have one.
 A run that was killed goes on from its last checkpoint when the same command is given again: on a CPU with the same
-losses to the last bit. Its folder: state.pt (weights, optimiser, position), log.jsonl, then the model and train.json.
+losses to the last bit. Its folder: settings.json, state.pt (weights, optimiser, position) and log.jsonl, in the end
+the model, log.jsonl and train.json, which has the settings too.
 """
 
 import argparse
 import atexit
 import dataclasses
 import datetime
-import difflib
 import functools
 import hashlib
 import json
@@ -116,8 +116,9 @@ class TrainConfig:
             raise InputError(f"setting objective: got {self.objective}, expected answers or contrast")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise InputError(f"setting dtype: got {self.dtype}, expected auto, float32 or bfloat16")
-        if self.beta2 >= 1 or self.seed >= 2**32:
-            raise InputError("setting beta2 must be below 1, setting seed below 2**32")
+        if self.beta2 >= 1 or self.seed >= 2**32 or self.warmup > 1 or self.gate_start > 1:
+            raise InputError("setting beta2 must be below 1, seed below 2**32, warmup and gate_start at most 1")
+        make_fusion(self, 99, 99)  # names and values; whether a model has the layers is seen when it is built
 
 
 # Which layers take which levels, and agf_norm and level_norm, which differ from the paper (README, "Choices").
@@ -156,8 +157,8 @@ RECIPES = {
 def read_manifest(folder, split):
     """What prepare_data.py says about the data in a folder."""
     manifest = cli.read_json(Path(folder) / "manifest.json", {})
-    if not manifest:
-        raise InputError(f"{folder}: no manifest.json: make the data with prepare_data.py first")
+    if not manifest.get("splits"):
+        raise InputError(f"{folder}: no manifest.json with splits: make the data with prepare_data.py first")
     if split not in manifest["splits"]:
         raise InputError(f"{folder} has no split {split!r}, only {', '.join(manifest['splits'])}")
     return manifest
@@ -276,7 +277,8 @@ def build_model(cfg, manifest):
         if cfg.fusion != "none":
             # where gates are trained already, what they once started at tells nothing apart
             bias = base.fusion.gate_bias_init if base.fusion.routes else cli.NEARLY_SHUT
-            fusion = make_fusion(cfg, base.decoder, base.vision, gate_bias_init=bias)
+            depth, levels = base.decoder.num_hidden_layers, base.vision.num_hidden_layers
+            fusion = make_fusion(cfg, depth, levels, gate_bias_init=bias)
         model = load(fusion=fusion, dtype="float32", quiet=dist.is_initialized() and dist.get_rank() > 0)
         check_tokenizer(model, cfg.init_from, cfg.data, manifest)
         if model.config.template != manifest["template"]:  # it learns the one of the data, and where that ends answers
@@ -290,18 +292,17 @@ def build_model(cfg, manifest):
         decoder = cli.build(DecoderConfig, {**cfg.model["decoder"], "vocab_size": len(tokenizer)})
     except (AttributeError, KeyError, TypeError) as e:
         raise InputError(f"setting model: {e}") from e
-    template = manifest["template"]
-    config = Config(vision=vision, decoder=decoder, fusion=make_fusion(cfg, decoder, vision), template=template,
+    template, fusion = manifest["template"], make_fusion(cfg, decoder.num_hidden_layers, vision.num_hidden_layers)
+    config = Config(vision=vision, decoder=decoder, fusion=fusion, template=template,
                     eos_token_ids=(tokenizer.id(cli.TEMPLATES[template][3]),))
     model = CLI(config).init_weights(seed=cfg.seed)
     model.tokenizer = tokenizer
     return model
 
 
-def make_fusion(cfg, decoder, vision, **defaults):
-    fields = {**defaults, **cfg.fusion_fields}
+def make_fusion(cfg, depth, levels, **defaults):
     try:
-        return cli.fusion_preset(cfg.fusion, decoder.num_hidden_layers, vision.num_hidden_layers, **fields)
+        return cli.fusion_preset(cfg.fusion, depth, levels, **{**defaults, **cfg.fusion_fields})
     except (TypeError, ValueError) as e:
         raise InputError(f"settings fusion and fusion_fields: {e}") from e
 
@@ -571,6 +572,8 @@ def train(cfg):
         f"{len(rows) - len(usable)} too long or without an answer\n"
         f"device {device} ({why}), computing in {str(dtype)[6:]} ({why_dtype}), {world} rank(s); parameters: "
         + ", ".join(f"{part} {n:,}" for part, n in count.items()))
+    say("settings that are not the default: " + ", ".join(
+        f"{f.name}={settings[f.name]!r}" for f in dataclasses.fields(cfg) if settings[f.name] != f.default_factory()))
     start = seconds = 0
     if state:
         set_state_dict(model, optimizers, model_state_dict=state["model"], optim_state_dict=state["optimizers"],
@@ -582,13 +585,17 @@ def train(cfg):
         out.mkdir(parents=True, exist_ok=True)
         for path in out.glob(".*.tmp"):  # left by a run that was killed while it saved
             path.unlink()
+        facts = {"config": settings, "commit": commit(), "torch": torch.__version__, "device": str(device),
+                 "steps": steps, "dtype": str(dtype)[6:]}  # fmt: skip
+        cli.write_text(out / "settings.json", json.dumps(facts, indent=1) + "\n")
         log = out / "log.jsonl"
         lines = log.read_text().splitlines(keepends=True) if log.exists() else []
         cli.write_text(log, "".join(lines[:start]))  # later steps are run again
         log = open(log, "a")
     matrix_flops = 6 * sum(p.numel() for n, p in model.named_parameters() if p.ndim > 1 and "embed_tokens" not in n)
-    gpu = re.split(r"[\s-]", torch.cuda.get_device_name()) if device.type == "cuda" else []
-    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), 0)
+    gpu = {*re.split(r"[\s-]", torch.cuda.get_device_name())} if device.type == "cuda" else set()
+    known = dtype == torch.bfloat16 and not gpu & {"PCIe", "NVL", "Laptop"}  # slower chips of the same names
+    peak = next((flops for name, flops in PEAK_FLOPS.items() if known and name in gpu), 0)
 
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)  # put together from all ranks, for rank 0
 
@@ -621,8 +628,8 @@ def train(cfg):
             took = time.time() - began
             seconds += took
             recent = [*recent[-19:], took]
-            # lr is the decoder's, mfu the share of the GPU's peak FLOP/s
-            line = {"step": step, "loss": loss, "lr": cfg.lr_decoder * schedule(step - 1, steps, cfg.warmup),
+            # lr is AdamW's highest, mfu the share of the GPU's peak FLOP/s
+            line = {"step": step, "loss": loss, "lr": max(group["lr"] for group in optimizers[0].param_groups),
                     "norm": norm, "gates": gates, "tokens_per_s": round(fed * world / took),
                     "mfu": matrix_flops * fed / took / peak if peak else 0.0, "gib": cli.peak_memory(device),
                     "seconds": round(seconds, 1)}
@@ -639,11 +646,10 @@ def train(cfg):
     if rank == 0:
         log.close()
         model.save_pretrained(out, weights=weights)
-        facts = {"config": settings, "commit": commit(), "torch": torch.__version__, "device": str(device),
-                 "steps": steps, "dtype": str(dtype)[6:], "loss": loss, "dev_loss": line.get("dev_loss"),
-                 "seconds": round(seconds, 1)}
+        facts |= {"loss": loss, "dev_loss": line.get("dev_loss"), "seconds": round(seconds, 1)}
         cli.write_text(out / "train.json", json.dumps(facts, indent=1) + "\n")
-        (out / "state.pt").unlink(missing_ok=True)
+        for name in ("state.pt", "settings.json"):
+            (out / name).unlink(missing_ok=True)
     say(f"{out}: done in {seconds / 60:.1f} min")
 
 
@@ -788,11 +794,6 @@ def evaluate(source, blind_source, data, readme=None, device="auto", limit=0):
 # Command line
 
 
-def unknown_name(text, name, known):
-    near = difflib.get_close_matches(name, known, 1)
-    return InputError(text + (f": did you mean {near[0]}?" if near else ""))
-
-
 def parse(argv):
     """-> (arguments of the program, [TrainConfig of every stage])"""
     fields = {f.name: f for f in dataclasses.fields(TrainConfig)}
@@ -811,11 +812,9 @@ def parse(argv):
             kind = {"action": argparse.BooleanOptionalAction}
         shown = "" if isinstance(default, dict) else f" (default: {default})"
         parser.add_argument(f"--{name}", default=None, help=f.metadata["help"] + shown, **kind)
-    args, unknown = parser.parse_known_args(argv)
+    args = parser.parse_args(argv)
     if args.questions < 0 or args.ranks < 0:
         raise InputError("--questions and --ranks cannot be negative")
-    if unknown:
-        raise unknown_name(f"unknown argument {unknown[0]}", unknown[0].split("=")[0], [f"--{k}" for k in vars(args)])
     given = {name: getattr(args, name) for name in fields if getattr(args, name) is not None}
     if args.evaluate and (extra := given.keys() - {"data", "device"}):
         raise InputError(f"--evaluate takes no --{min(extra)}: it scores a model as it is, on all validation splits")
@@ -831,7 +830,7 @@ def parse(argv):
     configs = {}
     for name, stage in stages.items():
         if wrong := [key for key in stage if key not in fields]:
-            raise unknown_name(f"{args.config}: unknown setting {wrong[0]}", wrong[0], fields)
+            raise InputError(f"{args.config}: unknown setting {wrong[0]}" + cli.did_you_mean(wrong[0], fields))
         out = stage["out"] if "out" in stage and not args.out else str(base / name)
         own = {**given, **(fusion if name in fused else {})}
         new, old = own.get("fusion_fields", {}), stage.get("fusion_fields", {})
