@@ -2189,6 +2189,7 @@ def test_sample_passes_its_options_on(asked, monkeypatch, capsys):
                "k", "--dtype", "bfloat16")  # fmt: skip
     assert loads.pop() == ((str(asked),), dict(vision="v", fusion="sli", key_map="k", device=torch.device("cpu"),
                                                dtype=torch.bfloat16))  # fmt: skip
+    calls.clear()
     (asked / "more.jsonl").write_text('{"prompt": "x"}\n' * 5)  # no two batches, no two turns draw the same noise
     run_sample(monkeypatch, capsys, "--model", asked, "--batch", asked / "more.jsonl", "--out", asked / "more.out",
                "--batch-size", 2, "--seed", 8)  # fmt: skip
