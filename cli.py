@@ -47,7 +47,7 @@ import tokenizers
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn.attention.varlen import varlen_attn
@@ -218,7 +218,8 @@ class Config:
         heads = 1 if self.fusion.gate == "none" else self.fusion.agf_heads or d.num_attention_heads
         for name, part, whole in (("agf_heads", heads, d.hidden_size),
                                   ("num_key_value_heads", d.num_key_value_heads, d.num_attention_heads),
-                                  ("vision heads", v.num_attention_heads if v else 1, v.hidden_size if v else 1)):
+                                  ("vision heads", v.num_attention_heads if v else 1, v.hidden_size if v else 1),
+                                  ("rotary pairs of", 2, d.head_dim)):
             if part < 1 or whole % part:
                 raise InputError(f"{name} {part} does not divide {whole}")
 
@@ -1256,13 +1257,17 @@ def read_weights(folder):
 
 
 def write_whole(path, write):
-    """write(temporary path), then rename: the file at `path` is never half written."""
-    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    """write(temporary path), then rename: the file at `path`, or that a link there points to, is never half written."""
+    target = Path(os.path.realpath(path))
+    temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
     try:
         write(temporary)
-        os.replace(temporary, path)
+        os.umask(mask := os.umask(0))
+        temporary.chmod(0o666 & ~mask)  # save_file would have it read by nobody else
+        os.replace(temporary, target)
     except (OSError, RuntimeError, SafetensorError) as e:  # a full disk: torch.save and save_file raise the latter two
-        raise InputError(f"{path}: cannot be written: {first_line(e)}") from e
+        hint = "" if isinstance(e, OSError) else " (is the disk full?)"
+        raise InputError(f"{path}: cannot be written: {first_line(e)}{hint}") from e
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -1298,7 +1303,8 @@ def load_image(source):
         return image.convert("RGB")
     except Exception as e:  # a damaged file can raise nearly anything out of a decoder
         name = "picture" if isinstance(source, (io.BytesIO, Image.Image)) else source
-        raise InputError(f"{name}: not a picture that can be read: {first_line(e)}") from e
+        why = "in no format that Pillow knows" if isinstance(e, UnidentifiedImageError) else first_line(e)
+        raise InputError(f"{name}: not a picture that can be read: {why}") from e
 
 
 def choose_grid(size, pinpoints):
@@ -1469,8 +1475,8 @@ def pick_device(name):
     if name != "auto":
         try:
             return torch.empty(0, device=name).device, "as asked"
-        except (RuntimeError, AssertionError) as e:
-            raise InputError(f"device {name!r} cannot be used: {first_line(e)}") from e
+        except Exception as e:  # PyTorch's own differ by device
+            raise InputError(f"device {name!r} cannot be used: {first_line(e).split('. ')[0]}") from e
     if torch.cuda.is_available():
         return torch.device("cuda"), torch.cuda.get_device_name()
     if torch.backends.mps.is_available():
@@ -1521,13 +1527,16 @@ class Parser(argparse.ArgumentParser):
 
 def run_program(main):
     """Run main(): a user's mistake ends with status 2 and one line, Ctrl-C with 130, never with a traceback."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by whoever started us
+            setattr(sys, name, open(os.devnull, mode))
     sys.stdout.reconfigure(errors="backslashreplace")  # text that its encoding cannot hold, as standard error does
     try:
         main()
     except BrokenPipeError:  # whoever read our output has left: nobody to tell, at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (InputError, OSError) as e:  # an OSError names its file
+    except (InputError, OSError) as e:  # an OSError says what is wrong, most name their file
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as e:

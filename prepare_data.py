@@ -37,7 +37,7 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from tqdm import tqdm
 
@@ -59,6 +59,8 @@ def read_conversation(record: dict) -> tuple[list, list]:
     """
     if not isinstance(record, dict) or not isinstance(record.get("conversations"), list):
         raise InputError('no list "conversations"')
+    if "images" in record and "image" not in record:
+        raise InputError('"images": the key is "image", for several pictures too')
     pictures = record.get("image")
     pictures = [] if pictures is None else pictures if isinstance(pictures, list) else [pictures]
     if record.get("video") is not None:
@@ -108,7 +110,7 @@ def llava_mask(ids: list, answer: list, tokenizer) -> list:
 
 def llava_items(file: Path) -> list:
     """-> [(where, raw record)]; a line of JSONL is decoded when its shard is written."""
-    if file.suffix == ".jsonl":
+    if file.suffix.lower() == ".jsonl":
         lines = enumerate(file.read_bytes().split(b"\n"), 1)
         return [(f"{file.name}:{n}", line) for n, line in lines if line.strip()]
     return [(f"{file.name} row {n}", record) for n, record in enumerate(cli.read_json(file, kind=list), 1)]
@@ -349,11 +351,12 @@ def build(args, source: dict, tokenizer_json: str, splits: dict, kinds: list, ro
 
 
 def shard_facts(path: Path) -> dict:
-    """What write_shard noted in a shard's header; empty where there is no shard."""
-    if not path.exists():
+    """What write_shard noted in a shard's header; empty where there is no shard, or a damaged one."""
+    try:
+        with safe_open(path, "np") as shard:
+            return json.loads(shard.metadata()["shard"])
+    except (OSError, SafetensorError, LookupError, TypeError, ValueError):
         return {}
-    with safe_open(path, "np") as shard:
-        return json.loads(shard.metadata()["shard"])
 
 
 def write_bad(folder: Path, bad: list) -> None:

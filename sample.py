@@ -9,6 +9,7 @@
 Text goes to standard output as it is decoded, everything else to standard error. A batch's paths start at its file's
 folder; one that was stopped goes on where it was when the same command is given again, and what failed is tried again.
 """
+import contextlib
 import json
 import sys
 import textwrap
@@ -159,15 +160,21 @@ def ask(model, args, questions):
 
 def chat(model, args):
     """Talk until Ctrl-D. The cache holds what was said: a turn only costs its own tokens."""
+    with contextlib.suppress(ImportError):  # a line can be edited, where the system has it
+        import readline  # noqa: F401
+
     images = [prepare_image(path, model.config, len(args.image) > 1) for path in args.image]
     cache = KVCache(model.config.decoder, 1, 0, model.device, model.dtype)
     left, turns = None, 0  # tokens of the last answer that were printed but not fed; turns fed so far
-    say("Ask; Ctrl-C stops an answer, Ctrl-D ends.")
+    say("Ask; Ctrl-C stops an answer, Ctrl-D (on Windows Ctrl-Z and Enter) ends.")
     while True:
         try:
             text = input("> ")
         except EOFError:
             return print()
+        except UnicodeDecodeError as e:
+            say(f"error: not text: {e}")
+            continue
         if not text.strip():
             continue
         turn, start = ("user", user_content(text, len(images))), time.time()
@@ -188,7 +195,7 @@ def read_questions(path):
     """JSONL -> [{"prompt": str, "paths": [...], ...}]. InputError names file and line, before any work."""
     questions = []
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")  # splitlines() would split within a string too
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # splitlines() would split within a string too
     except (OSError, UnicodeDecodeError) as e:
         raise InputError(f"{path}: cannot be read: {e}") from e
     for number, line in enumerate(lines, 1):
@@ -196,10 +203,12 @@ def read_questions(path):
             continue
         try:
             row = json.loads(line)
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise InputError(f"{path}, line {number}: not JSON: {e}") from None
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
             raise InputError(f'{path}, line {number}: expected {{"prompt": "...", "image": "path"}}')
+        if "images" in row and "image" not in row:
+            raise InputError(f'{path}, line {number}: "images": the key is "image", for several pictures too')
         images = row.get("image") or []
         images = [images] if isinstance(images, str) else images
         if not isinstance(images, list) or not all(isinstance(p, str) for p in images):
@@ -316,8 +325,8 @@ def main():
     for name, low in (("max_new_tokens", 1), ("temperature", 0), ("top_k", 0), ("batch_size", 1)):
         if not getattr(args, name) >= low:  # nan neither
             raise InputError(f"--{name.replace('_', '-')} must be at least {low}")
-    if not 0 < args.top_p <= 1 or args.repetition_penalty is not None and not 0 < args.repetition_penalty:
-        raise InputError("--top-p must be in (0, 1], --repetition-penalty above 0")
+    if not 0 < args.top_p <= 1 or args.repetition_penalty is not None and not 0.01 <= args.repetition_penalty <= 100:
+        raise InputError("--top-p must be in (0, 1], --repetition-penalty from 0.01 to 100")
     if not 0 <= args.seed < 2**62:
         raise InputError("--seed must be at least 0 and below 2**62")
     if bool(args.batch) != bool(args.out):
@@ -326,6 +335,9 @@ def main():
         raise InputError("--batch goes without --image, --prompt, --json and --gates")
     for path in args.image:  # before a large model is loaded
         load_image(path)
+    for path in map(Path, filter(None, (args.out, args.gates))):
+        if not path.parent.is_dir() or path.exists() and not path.is_file():
+            raise InputError(f"{path}: cannot be written: " + ("not a file" if path.exists() else "no such folder"))
     questions = read_questions(args.batch) if args.batch else []
     model = load_model(args)
     if args.batch:

@@ -1747,7 +1747,7 @@ def test_errors_of_pictures(tmp_path, monkeypatch):
     fails(lambda: cli.load_image(tmp_path / "empty.png"), "empty.png")
     fails(lambda: cli.load_image(tmp_path / "absent.png"), "absent.png")
     fails(lambda: cli.load_image(tmp_path), tmp_path.name)
-    fails(lambda: cli.load_image(b"no picture"), "picture: not a picture")
+    fails(lambda: cli.load_image(b"no picture"), "picture: not a picture", "in no format that Pillow knows")
     fails(lambda: cli.load_image(Image.new("F", (3, 3), 0.5)), "floating-point")  # 0 to 1, or to 255, or anything
     assert cli.MAX_PIXELS >= 108_000_000  # what telephones take
     Image.new("1", (12_000, 12_000)).save(tmp_path / "huge.png")
@@ -1954,6 +1954,7 @@ def test_errors_of_options(base):
     fails(lambda: FusionConfig(lora_rank=0), "lora_rank=0")
     fails(lambda: Config(cli.VisionConfig(hidden_size=130, num_attention_heads=4)), "vision heads 4", "130")
     fails(lambda: Config(decoder=cli.DecoderConfig(num_key_value_heads=3)), "num_key_value_heads 3", "14")
+    fails(lambda: Config(decoder=cli.DecoderConfig(head_dim=63)), "rotary pairs of 2", "63")
     fails(lambda: tiny_config(image_aspect_ratio="square"), "square")
     fails(lambda: tiny_config(image_aspect_ratio="anyres_max_0"), "anyres_max_0")
     fails(lambda: Config(cli.VisionConfig(kind="CLIP")), "kind='CLIP'", "siglip or clip")
@@ -2022,6 +2023,10 @@ def test_run_program(capsys):
     shown = subprocess.run([sys.executable, "-c", program], stdout=-1, cwd=ROOT, check=True,
                            env={**os.environ, "PYTHONIOENCODING": "ascii"}).stdout  # fmt: skip
     assert shown.split() == [rb"\u4e16\u754c"], "what the output cannot hold is no traceback"
+    with pytest.MonkeyPatch.context() as patch:  # closed by whoever started the program
+        for name in ("stdin", "stdout"):
+            patch.setattr(sys, name, None)
+        cli.run_program(lambda: print(sys.stdin.read()))
     program = "import cli, os; cli.run_program(lambda: [print('text', flush=True) for _ in range(10**6)])"
     with subprocess.Popen([sys.executable, "-c", program], stdout=-1, stderr=-1, text=True, cwd=ROOT) as left:
         left.stdout.readline()
@@ -2049,7 +2054,13 @@ def test_a_file_that_cannot_be_written_is_one_line(tmp_path, capsys):
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, handler)
     assert (tmp_path / "file").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    cli.write_text(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_text() == "new"
     tiny().save_pretrained(tmp_path)
+    modes = {(tmp_path / name).stat().st_mode for name in ("model.safetensors", "config.json", "link")}
+    (tmp_path / "plain").touch()
+    assert modes == {(tmp_path / "plain").stat().st_mode}, "read by whom any file of this user's is"
     before = (tmp_path / "model.safetensors").read_bytes()
     with pytest.MonkeyPatch.context() as patch:  # killed while it writes
         patch.setattr(cli, "save_file", lambda state, path, **_: path.write_bytes(b"half") and 1 / 0)
@@ -2151,6 +2162,8 @@ def run_sample(monkeypatch, capsys, *arguments, keys=None, piped=""):
         line = next(lines, None)
         if line is None:
             raise EOFError
+        if isinstance(line, Exception):
+            raise line
         return line
 
     monkeypatch.setattr("sys.argv", ["sample.py", "--device", "cpu", "--dtype", "float32", *map(str, arguments)])
@@ -2345,8 +2358,10 @@ def test_sample_chat_goes_on_behind_a_turn_that_is_too_long(asked, monkeypatch, 
     """It is told, nothing of it is kept, and the next one is answered as if it had not been."""
     common = ["--model", asked, "--image", asked / "a.png", "--max-new-tokens", 4]
     expected = run_sample(monkeypatch, capsys, *common, keys=["Who?", "Why?"])[1]
-    status, out, err = run_sample(monkeypatch, capsys, *common, keys=["y " * 9000, "Who?", "y " * 9000, "Why?"])
-    assert status == 0 and out == expected and err.count("error: ") == 2 and err.count("context is 4096") == 2
+    not_text = UnicodeDecodeError("utf-8", b"\xe9", 0, 1, "unexpected end of data")
+    keys = ["y " * 9000, "Who?", not_text, "y " * 9000, "Why?"]
+    status, out, err = run_sample(monkeypatch, capsys, *common, keys=keys)
+    assert status == 0 and out == expected and err.count("error: ") == 3 and err.count("context is 4096") == 2
 
 
 def test_sample_chat_keeps_what_was_said_before_an_interrupt(asked, monkeypatch, capsys):
@@ -2418,11 +2433,12 @@ def test_sample_batch_resumes(asked, monkeypatch, capsys):
         assert status == 2 and "choose another --out" in err and out.read_text() == precious
 
 
-@pytest.mark.parametrize("line", ["{", '{"image": "a.png"}', '{"prompt": "x", "image": 3}'])
+@pytest.mark.parametrize("line", ["{", '{"image": "a.png"}', '{"prompt": "x", "image": 3}', "[" * 100_000,
+                                  '{"prompt": "x", "images": ["a.png"]}'])  # fmt: skip
 def test_sample_batch_refuses_bad_lines(asked, monkeypatch, capsys, line):
     """A malformed line is named by file and number before anything is done."""
     questions = asked / "bad.jsonl"
-    questions.write_text('{"prompt": "x"}\n' + line + "\n")
+    questions.write_text('\ufeff{"prompt": "x"}\n' + line + "\n", encoding="utf-8")  # what some editors begin with
     arguments = ["--model", asked, "--batch", questions, "--out", asked / "no.jsonl"]
     status, _, err = run_sample(monkeypatch, capsys, *arguments)
     assert status == 2 and "bad.jsonl, line 2" in err and err.startswith("error: ") and len(err.splitlines()) == 1
@@ -2447,6 +2463,9 @@ def test_sample_refuses(asked, monkeypatch, capsys):
                             (["--model", asked, "--prompt", "x", "--max-new-tokens", 0], "--max-new-tokens"),
                             (["--model", asked, "--prompt", "x", "--top-k", -1], "--top-k"),
                             (["--batch", "q", "--out", "o", "--batch-size", 0], "--batch-size"),
+                            (["--model", "none", "--prompt", "x", "--gates", asked / "none/g.png"], "no such folder"),
+                            (["--model", "none", "--prompt", "x", "--gates", asked], "not a file"),
+                            (["--batch", asked / "more.jsonl", "--out", "/dev/null"], "not a file"),
                             (["--model", wordless, "--prompt", "x"], "has no tokenizer.json"),
                             (["--model", asked], "no question")):
         status, _, err = run_sample(monkeypatch, capsys, *arguments)
@@ -2770,6 +2789,11 @@ def test_interrupted_run_leaves_nothing_and_resumes(emoji, few, tmp_path, monkey
     one, two = contents(few), contents(tmp_path)
     manifests = [json.loads(found.pop("manifest.json")) for found in (one, two)]
     assert one == two and manifests[0] | {"name": ""} == manifests[1] | {"name": ""}
+    for damaged in (b"", one["train-00001.safetensors"][:99], b"x" * 99):  # a shard is made again, as train.py says
+        (tmp_path / "train-00001.safetensors").write_bytes(damaged)
+        (tmp_path / "manifest.json").unlink()
+        write_shards(monkeypatch, *arguments)
+        assert (tmp_path / "train-00001.safetensors").read_bytes() == one["train-00001.safetensors"]
     # Other arguments: refused, unless told to replace.
     for other in ("--seed", "--per-kind", "--shard-rows"):
         with pytest.raises(cli.InputError, match="other arguments"):
@@ -2858,6 +2882,7 @@ def test_llava_bad_rows(small_tokenizer, tmp_path, monkeypatch, capsys):
         json.dumps(conversation("Hi", "Ho", image="missing.png")): "missing.png",
         json.dumps(conversation("Hi", "Ho", image="broken.png")): "picture",
         json.dumps(conversation("Hi", "Ho", image="recipe.png")): "not a picture",
+        json.dumps(conversation("Hi", "Ho", images=["good.png"])): 'the key is "image"',
         json.dumps(conversation("Hi", "\ud800")): "not valid Unicode",
         json.dumps(conversation("Hi", "Ho", image="\ud800.png")): "picture",
         json.dumps({"conversations": [{"from": ["human"], "value": "a"}, {"from": "gpt", "value": "b"}]}): "from/value",
@@ -2885,7 +2910,7 @@ def test_llava_bad_rows(small_tokenizer, tmp_path, monkeypatch, capsys):
     assert all(any(mask) for _, mask, _, _ in rows) and {kind for *_, kind in rows} == {"text"}
     write_shards(monkeypatch, *arguments[:-4], "--out", tmp_path / "val", "--max-bad", 0.9, "--val", 6)
     manifest = json.loads((tmp_path / "val/manifest.json").read_text())
-    assert manifest["rows_planned"] == {"train": 17, "val": 6} and manifest["bad_rows"] == len(bad)
+    assert manifest["rows_planned"] == {"train": 18, "val": 6} and manifest["bad_rows"] == len(bad)
 
 
 def test_llava_rows_that_were_mended(small_tokenizer, tmp_path, monkeypatch):
@@ -3682,6 +3707,9 @@ def test_train_mistakes_are_one_line(few, mixed, tmp_path, monkeypatch, capsys):
         (tmp_path / f"{name}.json").write_text(text)
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut/state.pt").write_bytes(b"cut off")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign/model.safetensors").write_bytes(b"precious")
+    (tmp_path / "none_at_all.json").write_text("[]")
     manifest = json.loads((few / "manifest.json").read_text())
     manifest["splits"] = {"train": manifest["splits"]["train"]}
     for name, text in (("alone", json.dumps(manifest)), ("bare", '{"kinds": []}')):
@@ -3708,6 +3736,8 @@ def test_train_mistakes_are_one_line(few, mixed, tmp_path, monkeypatch, capsys):
         (["--config", tmp_path / "many.json"], "setting steps: got 'many', expected int"),
         (["--config", tmp_path / "numbers.json"], "expected a JSON object of settings, or a list of such objects"),
         (["--config", tmp_path / "same.json"], "two stages have the same out"),
+        (["--config", tmp_path / "none_at_all.json"], "or a list of such objects"),
+        ([*tiny, "--out", tmp_path / "foreign"], "foreign holds model.safetensors, which is no run's"),
         ([*tiny, "--data", tmp_path], "no manifest.json with splits: make the data with prepare_data.py first"),
         ([*tiny, "--split", "tune"], "has no split 'tune', only encode, pretrain, train, val_seen"),
         ([*tiny, "--data", tmp_path / "damaged"], "train-00000.safetensors: missing or damaged"),
@@ -3770,7 +3800,7 @@ def test_training_goes_on_with_the_fusion_there_is(few, tmp_path):
         assert all(torch.equal(p, q) for p, q in zip(model.parameters(), base.parameters(), strict=True))
 
 
-def test_data_made_anew_is_noticed(few, emoji, tmp_path, monkeypatch):
+def test_data_made_anew_is_noticed(few, emoji, tmp_path, monkeypatch, capsys):
     """A run does not go on with other rows than it began with, nor start from a model with another tokenizer."""
     arguments = ["emoji", "--out", tmp_path / "data", "--tokenizer", few, "--encode", 0, "--pretrain", 0, "--val", 0]
     write_shards(monkeypatch, *arguments, "--train", 20)
@@ -3779,6 +3809,10 @@ def test_data_made_anew_is_noticed(few, emoji, tmp_path, monkeypatch):
     write_shards(monkeypatch, *arguments, "--train", 21, "--overwrite")
     with pytest.raises(cli.InputError, match="other settings, data_sha256"):
         train.train(cfg)
+    (tmp_path / "same").symlink_to(few)  # the same data by another name is the same data
+    train.train(settings(few, tmp_path / "few", steps=1))
+    train.train(settings(tmp_path / "same", tmp_path / "few", steps=1))
+    assert "few: finished before" in capsys.readouterr().out
     manifest = json.loads((tmp_path / "data/manifest.json").read_text())
     (tmp_path / "data/manifest.json").write_text(json.dumps({**manifest, "tokenizer_sha256": "other"}))
     with pytest.raises(cli.InputError, match="was made with another tokenizer"):

@@ -23,6 +23,7 @@ import json
 import math
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -511,7 +512,8 @@ def commit():
         return "unknown"
 
 
-FREE = ("out", "device", "save_minutes", "eval_every")  # settings that may differ when a run goes on
+# Settings that may differ when a run goes on: what data's folder holds is compared by its hash.
+FREE = ("out", "data", "device", "save_minutes", "eval_every")
 
 
 def earlier_run(out, settings):
@@ -519,12 +521,17 @@ def earlier_run(out, settings):
     facts, state = cli.read_json(out / "train.json", {}), {}
     try:
         if not facts and (out / "state.pt").exists():
-            state = torch.load(out / "state.pt", map_location="cpu", weights_only=True, mmap=True)
+            mapped = os.name != "nt"  # where a mapped file cannot be replaced by the next checkpoint
+            state = torch.load(out / "state.pt", map_location="cpu", weights_only=True, mmap=mapped)
         before = (facts or state or {"config": {}})["config"]
     except Exception as e:  # pickle and zip each have errors of their own
         raise InputError(f"{out}: its checkpoint is damaged, delete it: {cli.first_line(e)}") from e
     if wrong := [f"{k}={v!r}" for k, v in before.items() if k not in FREE and v != settings.get(k)]:
         raise InputError(f"{out} holds a run with other settings, {', '.join(wrong)}: give another --out, or delete it")
+    ours = facts or state or (out / "settings.json").exists()
+    if not ours and (others := [name for name in ("config.json", "model.safetensors", "log.jsonl")
+                                if (out / name).exists()]):  # fmt: skip
+        raise InputError(f"{out} holds {others[0]}, which is no run's of train.py: give another --out")
     return facts, state
 
 
@@ -803,7 +810,7 @@ def parse(argv):
     parser.add_argument("--evaluate", metavar="MODEL", help="score a model on the validation splits; train nothing")
     parser.add_argument("--blind_model", help="the model trained with --blind to put beside it (with --evaluate)")
     parser.add_argument("--questions", type=int, default=0, help="score the first N of each split (0: all; quick: 250)")
-    parser.add_argument("--ranks", type=int, default=0, help="processes on a CPU (0: two, if it has two cores)")
+    parser.add_argument("--ranks", type=int, default=0, help="processes on a CPU (0: two on two cores, on Windows one)")
     parser.add_argument("--readme", help="write the tables of --evaluate between the marks in this file too")
     for name, f in fields.items():
         default = f.default_factory()
@@ -849,7 +856,7 @@ def read_stages(path):
     """A JSON file of settings, or of a list of them -> {name of a stage: its settings}."""
     stages = cli.read_json(path, kind=object)
     stages = {f"stage{i}": stage for i, stage in enumerate(stages)} if isinstance(stages, list) else {"": stages}
-    if not all(isinstance(stage, dict) for stage in stages.values()):
+    if not stages or not all(isinstance(stage, dict) for stage in stages.values()):
         raise InputError(f"{path}: expected a JSON object of settings, or a list of such objects")
     return stages
 
@@ -863,6 +870,9 @@ def start_ranks(n):
         port = s.getsockname()[1]
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(n)}
     os.environ["OMP_NUM_THREADS"] = str(threads)
+    for name in ("SIGTERM", "SIGHUP"):  # end as by exit(), which ends the other ranks too
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), lambda number, _: sys.exit(128 + number))
     for rank in range(1, n):  # rank 0 does the talking
         environment = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank)}
         child = subprocess.Popen([sys.executable, *sys.argv], env=environment, stdout=subprocess.DEVNULL,
@@ -879,7 +889,8 @@ def main():
         return evaluate(args.evaluate, args.blind_model, configs[0].data, readme, device, args.questions)
     cores = torch.get_num_threads()
     on_cpu = cli.pick_device(configs[0].device)[0].type == "cpu"
-    if "RANK" not in os.environ and on_cpu and (ranks := args.ranks or min(cores, 2)) > 1:
+    usual = 1 if os.name == "nt" else min(cores, 2)  # on Windows gloo does not find its way with every PyTorch
+    if "RANK" not in os.environ and on_cpu and (ranks := args.ranks or usual) > 1:
         start_ranks(ranks)
     if "RANK" in os.environ:  # or started by torchrun
         cuda = torch.cuda.is_available() and configs[0].device in ("auto", "cuda")

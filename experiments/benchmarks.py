@@ -224,7 +224,7 @@ def choose_tasks(text, manager):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__)
     add = parser.add_argument
     add_model_flags(add)
     add("--tasks", required=True, help=f"names of LMMs-Eval's tasks, with commas; or a list: {', '.join(GROUPS)}")

@@ -91,10 +91,10 @@ def clean(text: str) -> str:
 
 def read_packages(modules: Path):
     """-> base records of the image packages, labels {language: {code: record}}, files {artist: {code: path}}"""
-    source = json.loads((modules / "emoji-datasource-google/emoji.json").read_text())
+    source = json.loads((modules / "emoji-datasource-google/emoji.json").read_text(encoding="utf-8"))
     labels = {}
     for language in ("en", "zh"):
-        records = json.loads((modules / f"emojibase-data/{language}/data.json").read_text())
+        records = json.loads((modules / f"emojibase-data/{language}/data.json").read_text(encoding="utf-8"))
         labels[language] = {code(r["hexcode"]): r for record in records for r in [record, *record.get("skins", [])]}
     folders = {
         "noto": modules / "emoji-datasource-google/img/google/64",

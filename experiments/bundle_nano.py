@@ -3,7 +3,6 @@
     python experiments/bundle_nano.py out/nano
     python train.py --evaluate assets/nano --blind_model out/nano/blind --readme README.md
 """
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -12,11 +11,11 @@ import torch
 
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
-from cli import CLI, read_json, run_program, write_text  # noqa: E402
+from cli import CLI, Parser, read_json, run_program, write_text  # noqa: E402
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("run", type=Path, help="folder that train.py wrote, with encode, pretrain and tune in it")
     run, out = parser.parse_args().run, HERE / "assets/nano"
     CLI.from_pretrained(run / "tune", quiet=True).save_pretrained(out, dtype=torch.bfloat16)

@@ -5,7 +5,6 @@
 A single drawing whose (thing, artist) pair is held out (val_pair), and a scene whose things stand on colours that they
 never stood on in training (val_scene); by row number. Writes assets/pictures/{single,scene}.png with what they show.
 """
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -13,19 +12,23 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
 from assets.emoji.scenes import load_emoji, open_picture  # noqa: E402
-from cli import Config, run_program, write_text, write_whole  # noqa: E402
+from cli import Config, InputError, Parser, run_program, write_text, write_whole  # noqa: E402
 from train import Rows  # noqa: E402
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--data", default="data/emoji", help="what prepare_data.py emoji wrote (default: %(default)s)")
     parser.add_argument("--single", type=int, required=True, help="row of val_pair")
     parser.add_argument("--scene", type=int, required=True, help="row of val_scene")
     args = parser.parse_args()
+    rows = {"single.png": ("val_pair", args.single), "scene.png": ("val_scene", args.scene)}
+    for split, row in rows.values():
+        if not 0 <= row < (count := len(Rows(args.data, split, Config()))):
+            raise InputError(f"{split} has rows 0 to {count - 1}, none {row}")
     out, shows, concepts = HERE / "assets/pictures", {}, load_emoji()[1]
     out.mkdir(exist_ok=True)
-    for name, split, row in (("single.png", "val_pair", args.single), ("scene.png", "val_scene", args.scene)):
+    for name, (split, row) in rows.items():
         (data,) = Rows(args.data, split, Config())[row][2]
         picture = open_picture(data)
         write_whole(out / name, lambda path, picture=picture: picture.save(path, "PNG"))

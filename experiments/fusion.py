@@ -12,7 +12,6 @@ another folder: --results); the same command goes on with those that are missing
 what came out: experiments/fusion.md.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import functools
@@ -560,7 +559,7 @@ def run(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__)
     add = parser.add_argument
     add("command", choices=("plan", "run"))
     add("--part", choices=("tuned", "scratch", "sweeps"), default="tuned", help="what to run (default: %(default)s)")
@@ -581,6 +580,9 @@ def main():
     add("--device", default="auto", help="cpu, cuda, mps or auto")
     add("--dtype", default="auto", help="of the training computation; answers are scored in float32")
     args = parser.parse_args()
+    for name in ("steps", "batch_rows", "pretrain_steps", "rows", "questions", "log_every", "jobs"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} must be at least 1")
     for name in ("data", "encoder", "work", "results"):
         setattr(args, name, getattr(args, name).absolute())
     manifest = train.read_manifest(args.data, "train")

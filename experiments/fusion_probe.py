@@ -8,7 +8,6 @@ variance that lies between the classes. The first says whether something is stil
 unit variance (100 steps of L-BFGS, a fixed ridge); the second, how much of what a projector sees it makes up.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -91,7 +90,7 @@ def probe(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__)
     add = parser.add_argument
     add("--data", type=Path, default=HERE / "data/emoji", help="folder that prepare_data.py wrote")
     add("--encoder", type=Path, default=HERE / "out/nano/encode", help="the study's encoder")

@@ -5,7 +5,6 @@
 Needs matplotlib once there are runs.
 """
 
-import argparse
 import os
 import sys
 from pathlib import Path
@@ -353,7 +352,7 @@ def report(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__)
     parser.add_argument("--results", type=Path, default=HERE / "experiments/results/fusion", help="files of the runs")
     parser.add_argument("--page", type=Path, default=HERE / "experiments/fusion.md", help="gets all tables")
     parser.add_argument("--readme", type=Path, default=HERE / "README.md", help="gets the main one")

@@ -9,7 +9,6 @@ for, everything else as it is: what is learned then failed for want of practice,
 JSON file a kind; the same command goes on with those that are missing.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -93,7 +92,7 @@ def table(results, among):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__)
     add = parser.add_argument
     add("--kinds", nargs="+", choices=list(QUESTIONS), help="default: all that miss the mark in NANO/tune/eval.json")
     add("--steps", type=int, default=0, help="of 64 questions (default: 400 about single things, 200 about scenes)")

@@ -382,7 +382,7 @@ def compare(folder, make_prompt, expected, max_new_tokens):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__)
     parser.add_argument("packages", type=Path, help="folder with the downloaded packages, as they are")
     parser.add_argument("--out", type=Path, default=Path("models"), help="where the model folders go (default models)")
     parser.add_argument("--only", choices=MODELS, help="one of the two models")

@@ -398,7 +398,8 @@ def run(args, device, dtype):
             "rounds": args.rounds}
     path = HERE / f"experiments/results/speed-{args.size}-{device.type}-{head['dtype']}.jsonl"
     path.parent.mkdir(exist_ok=True)
-    with open(path, "w", encoding="utf-8") as file:
+    part = path.with_suffix(".part")  # a run that is killed leaves the file of the one before
+    with open(part, "w", encoding="utf-8") as file:
         def write(line):
             print(json.dumps(line), file=file, flush=True)
 
@@ -422,11 +423,12 @@ def run(args, device, dtype):
                 steps = values["none"] / len(lengths_of(args)[figure]) if unit == "tokens/s" else 1 / values["none"]
                 m["share"][figure] = 100 * least * steps  # of these a second
             write({"figure": figure, "what": what, "unit": unit, **values, "percent_of_limit": m["share"].get(figure)})
+    part.replace(path)
     return head, m
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__)
     parser.add_argument("--size", choices=("nano", "0.5b", "7b"), default="0.5b", help="of the random model")
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto (default)")
     parser.add_argument("--dtype", choices=("auto", *cli.DTYPES), default="auto", help="default: what the device likes")
@@ -437,6 +439,8 @@ def main():
     args = parser.parse_args()
     device, _ = cli.pick_device(args.device)
     dtype, _ = cli.pick_dtype(args.dtype, device)
+    if args.rounds < 1:
+        raise InputError("--rounds must be at least 1")
     args.steps = 100 if device.type == "cuda" else 16
     if args.side:
         measures = {"limits": measure_limits, "transformers": measure_transformers}
