@@ -870,9 +870,9 @@ def start_ranks(n):
         port = s.getsockname()[1]
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(n)}
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    for name in ("SIGTERM", "SIGHUP"):  # end as by exit(), which ends the other ranks too
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), lambda number, _: sys.exit(128 + number))
+    for number in (getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP")):
+        if number and signal.getsignal(number) == signal.SIG_DFL:  # not under nohup
+            signal.signal(number, lambda number, _: sys.exit(128 + number))  # which ends the other ranks too
     for rank in range(1, n):  # rank 0 does the talking
         environment = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank)}
         child = subprocess.Popen([sys.executable, *sys.argv], env=environment, stdout=subprocess.DEVNULL,
