@@ -3987,6 +3987,13 @@ def test_evaluate_generates(few, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda source, allow_patterns: str(tmp_path))
     train.evaluate("owner/name", None, few, device="cpu", limit=1)
     assert cli.read_json("out/eval/name/eval.json")["model"] == "owner/name" and not Path("owner").exists()
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)  # nor do the scores of other data take the place of its own
+    before, other = (tmp_path / "eval.json").read_bytes(), shutil.copytree(few, tmp_path / "other")
+    cli.write_text(other / "manifest.json", json.dumps({**cli.read_json(few / "manifest.json"), "seed": 9}))
+    train.evaluate(tmp_path, None, other, device="cpu", limit=1)
+    assert (tmp_path / "eval.json").read_bytes() == before
+    assert cli.read_json(Path("out/eval") / tmp_path.name / "eval.json")["data_seed"] == 9
 
 
 # ---------------------------------------------------------------------------------------------------------------------

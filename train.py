@@ -751,8 +751,8 @@ def gates_table(opened, levels):
 
 def evaluate(source, blind_source, data, readme=None, device="auto", limit=0):
     """Accuracy (exact match) by split and kind of the model, its blind twin and the majority answer, and the mean W by
-    kind: printed as tables, and written to eval.json in the model's folder (of one from the hub: in out/eval/NAME),
-    every answer to answers.jsonl."""
+    kind: printed as tables, and written to eval.json in the model's folder (of one that was not trained on these data:
+    in out/eval/NAME), every answer to answers.jsonl."""
     device, _ = cli.pick_device(device)
     manifest = read_manifest(data, "train")
     splits = [split for split in manifest["splits"] if split.startswith("val")]
@@ -766,6 +766,9 @@ def evaluate(source, blind_source, data, readme=None, device="auto", limit=0):
     model = models["model"]
     if not model.vision:
         raise InputError(f"{source} has no vision encoder")
+    trained = json.dumps(cli.read_json(Path(source) / "train.json", {}))
+    out = Path(source) if sha256(json.dumps(manifest)) in trained else Path("out/eval") / Path(source).absolute().name
+    out.mkdir(parents=True, exist_ok=True)
     most = {kind: model.tokenizer.decode(ids).strip()
             for kind, ids in majority(Rows(data, "train", model.config, blind=True)).items()}
     scores, opened, lines = {}, {}, []
@@ -789,10 +792,9 @@ def evaluate(source, blind_source, data, readme=None, device="auto", limit=0):
         means, tables["gates"] = gates_table(opened, dict(model.config.fusion.routes))
         print("\nmean W, decoder layer <- vision levels\n" + "\n".join(tables["gates"]))
     facts = {"model": str(source), "data_seed": manifest["seed"], "commit": commit(), "scores": scores, "gates": means}
-    out = Path(source) if Path(source).is_dir() else Path("out/eval") / Path(source).name
-    out.mkdir(parents=True, exist_ok=True)
     cli.write_text(out / "eval.json", json.dumps(facts, indent=1) + "\n")
     cli.write_text(out / "answers.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    print(f"\n{out / 'eval.json'} and answers.jsonl are written")
     if readme:
         put_between_marks(readme, {f"nano {name}": table for name, table in tables.items()})
 
