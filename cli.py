@@ -65,6 +65,7 @@ IMAGE_TOKEN = -200  # stands in a prompt where a picture goes; LLaVA's number
 IGNORE = -100  # label of a position that is not supervised
 NEARLY_SHUT = -4.0  # a fresh gate's bias on a trained one-to-one base, which is to start near what it was: W = 0.018
 MAX_PIXELS = 128_000_000  # a larger picture is refused before it is decoded (decompression bombs)
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of Pillow's limit, which is lower
 CPU_BFLOAT16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # instructions for it
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -1064,13 +1065,16 @@ def read_layout(raw, shapes, tower=None, key_map=None, generation=None):
                          f'"vision_config": {{"num_attention_heads": ..., "image_size": ...}}')
     side = math.isqrt(ours["vision.position_embedding.weight"][0] - clip)
     size = v.get("image_size") or (384 if (side, patch) == (27, 14) else side * patch)  # 27 * 14 = 378: no shape tells
-    # LLaVA drops the last block of a CLIP or of a bare SigLIP; inside a checkpoint SigLIP's is gone already
-    last = raw.get("vision_feature_layer", raw.get("mm_vision_select_layer", -2) if clip else -2 if tower else -1)
+    # Which hidden state is read. LLaVA drops the last block of a CLIP or of a bare SigLIP; inside a checkpoint SigLIP's
+    # is gone already, whatever mm_vision_select_layer says.
+    last = raw.get("vision_feature_layer", raw.get("mm_vision_select_layer") if clip else None)
+    last = (-2 if tower or clip else -1) if last is None else last
+    blocks = last if last >= 0 else count("vision") + 1 + last
     if clip and raw.get("vision_feature_select_strategy", raw.get("mm_vision_select_feature")) in ("full", "cls_patch"):
         raise InputError("config.json: the vision encoder's class token among the visual tokens is not supported")
     vision = build(VisionConfig, dict(
         kind="clip" if clip else "siglip", hidden_size=Dv, intermediate_size=ours["vision.layers.0.mlp.fc1.weight"][0],
-        num_hidden_layers=count("vision") + 1 + last, num_attention_heads=heads, image_size=size, patch_size=patch,
+        num_hidden_layers=blocks, num_attention_heads=heads, image_size=size, patch_size=patch,
         layer_norm_eps=v.get("layer_norm_eps", 1e-5 if clip else 1e-6),
         **({"image_mean": CLIP_MEAN, "image_std": CLIP_STD} if clip else {})))
     pinpoints = raw.get("image_grid_pinpoints") or ()
@@ -1232,7 +1236,8 @@ def read_json(path, default=None, kind=dict):
 
 
 def read_weights(folder):
-    """{published name: tensor} of all weight files of a folder, memory-mapped: nothing is read before it is used."""
+    """{published name: tensor} of all weight files of a folder, memory-mapped: nothing is read before it is used (but a
+    .bin from before PyTorch 1.6)."""
     names = [whole + end for whole in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")]
     found = next((folder / name for name in names if (folder / name).exists()), None)
     if not found:
@@ -1263,7 +1268,8 @@ def write_whole(path, write):
     try:
         write(temporary)
         os.umask(mask := os.umask(0))
-        temporary.chmod(0o666 & ~mask)  # save_file would have it read by nobody else
+        with contextlib.suppress(OSError):
+            temporary.chmod(0o666 & ~mask)  # save_file would have it read by nobody else
         os.replace(temporary, target)
     except (OSError, RuntimeError, SafetensorError) as e:  # a full disk: torch.save and save_file raise the latter two
         hint = "" if isinstance(e, OSError) else " (is the disk full?)"
@@ -1287,9 +1293,7 @@ def load_image(source):
     16 bits scaled to 8, of an animation the first frame. Raises InputError naming the file."""
     try:
         source = io.BytesIO(source) if isinstance(source, bytes) else source
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of a lower limit than ours
-            image = source if isinstance(source, Image.Image) else Image.open(source)
+        image = source if isinstance(source, Image.Image) else Image.open(source)
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels, more than the limit of {MAX_PIXELS:,}")
         if image.mode == "F":
@@ -1519,9 +1523,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         if unknown := re.match(r"unrecognized arguments: (--[\w-]+)", message):
-            commands = [p for a in self._actions if isinstance(a.choices, dict) for p in a.choices.values()]
-            known = [flag for p in (self, *commands) for a in p._actions for flag in a.option_strings]
-            message += did_you_mean(unknown[1], known)
+            commands = [a.choices.values() for a in self._actions if isinstance(a, argparse._SubParsersAction)]
+            known = {flag for p in (self, *itertools.chain(*commands)) for a in p._actions for flag in a.option_strings}
+            message += "" if unknown[1] in known else did_you_mean(unknown[1], known)  # one of another command's
         raise InputError(message)
 
 
@@ -1540,7 +1544,7 @@ def run_program(main):
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as e:
-        if not re.search(r"MemoryError|out of memory|allocate memory", f"{type(e).__name__}: {e}"):
+        if not re.search(r"MemoryError|out of memory|not enough memory|allocate memory", f"{type(e).__name__}: {e}"):
             raise
         print(f"error: not enough memory (bfloat16 and smaller batches take less): {first_line(e)}", file=sys.stderr)
         sys.exit(2)

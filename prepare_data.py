@@ -59,7 +59,7 @@ def read_conversation(record: dict) -> tuple[list, list]:
     """
     if not isinstance(record, dict) or not isinstance(record.get("conversations"), list):
         raise InputError('no list "conversations"')
-    if "images" in record and "image" not in record:
+    if record.get("images") and not record.get("image"):
         raise InputError('"images": the key is "image", for several pictures too')
     pictures = record.get("image")
     pictures = [] if pictures is None else pictures if isinstance(pictures, list) else [pictures]

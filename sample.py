@@ -25,7 +25,7 @@ from cli import CLI, PRESETS, InputError, KVCache, encode_chat, load_image, prep
 HERE = Path(__file__).resolve().parent
 DEMO = [("single.png", "What is this?"), ("single.png", "What colour is the background?"),
         ("scene.png", "What is in the top right?")]
-# What an answer of a batch depends on beside its question and the model: kept with it.
+# What an answer depends on beside its question, model and dtype: kept with it. (Sampled, on its batch too.)
 OPTIONS = ("fusion", "vision", "key_map", "max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty",
            "seed")  # fmt: skip
 
@@ -87,10 +87,10 @@ def gates_text(gates):
 
 def draw_gates(pages, path):
     """A heat map PNG (the paper's Figure 1b), one panel for each (title, gates). Of a title the first line is shown, as
-    far as it goes; one that the font cannot write is left out."""
+    far as it goes; one with other letters than ASCII, of which the font has few, is left out."""
     cell, left, top, font = 44, 70, 58, ImageFont.load_default(13)  # pixels
     pages = [(textwrap.shorten(title.strip().split("\n")[0], 60, placeholder="..."), gates) for title, gates in pages]
-    pages = [(title * all(c < "\u0180" for c in title), gates) for title, gates in pages]
+    pages = [(title * title.isascii(), gates) for title, gates in pages]
     columns = [sorted({k for row in gates.values() for k in row}) for _, gates in pages]
     widths = [max(left + cell * len(ks) + 30, int(font.getlength(title)) + 30)
               for ks, (title, _) in zip(columns, pages)]
@@ -207,7 +207,7 @@ def read_questions(path):
             raise InputError(f"{path}, line {number}: not JSON: {e}") from None
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
             raise InputError(f'{path}, line {number}: expected {{"prompt": "...", "image": "path"}}')
-        if "images" in row and "image" not in row:
+        if row.get("images") and not row.get("image"):
             raise InputError(f'{path}, line {number}: "images": the key is "image", for several pictures too')
         images = row.get("image") or []
         images = [images] if isinstance(images, str) else images
@@ -239,8 +239,9 @@ def answer_rows(model, rows, args, number):
 def batch(model, questions, args):
     """Answer what read_questions gave, args.batch_size at a time; lines are appended as they come, and those of an
     earlier run that failed are tried again first. -> number that failed"""
-    own = {"model": args.model, "options": {k: getattr(args, k) for k in OPTIONS if getattr(args, k) is not None}}
-    questions, out, done = [{**q, **own} for q in questions], Path(args.out), []
+    options = {k: getattr(args, k) for k in OPTIONS if getattr(args, k) is not None} | {"dtype": str(model.dtype)[6:]}
+    questions = [{**q, "model": args.model, "options": options} for q in questions]
+    out, done = Path(args.out), []
     if out.exists():
         *whole, half = out.read_bytes().split(b"\n")  # a killed run may have left half a line
         try:
@@ -249,7 +250,7 @@ def batch(model, questions, args):
             if [{k: v for k, v in d.items() if k not in ("answer", "error")} for d in done] != asked[: len(done)]:
                 raise ValueError
             following = json_lines(asked[len(done) :][:1]).encode(errors="backslashreplace")[:-2]  # but for "}"
-            if half[: len(following)] != following[: len(half)]:
+            if half and not following or half[: len(following)] != following[: len(half)]:
                 raise ValueError
         except (ValueError, AttributeError):
             raise InputError(f"{out} exists and does not hold answers of {args.model} to {args.batch}, asked with the "

@@ -20,7 +20,6 @@ import signal
 import subprocess
 import sys
 import types
-import warnings
 import weakref
 from pathlib import Path
 
@@ -1567,7 +1566,7 @@ def test_config_fields_of_the_originals():
     assert cli.read_layout(dict(raw_15, vision_feature_layer=-1), shapes_15)[0].vision.num_hidden_layers == 24
     fails(lambda: cli.read_layout(dict(raw_15, vision_feature_select_strategy="full"), shapes_15), "class token")
     (shapes_old, raw_old), tower = PUBLISHED["liuhaotian LLaVA-1.5-7B and CLIP"][:2], {"vision_config": CLIP_L_JSON}
-    for layer, blocks in ((-2, 23), (-1, 24)):
+    for layer, blocks in ((-2, 23), (-1, 24), (5, 5), (None, 23)):
         config = cli.read_layout(dict(raw_old, mm_vision_select_layer=layer), shapes_old, tower)[0]
         assert config.vision.num_hidden_layers == blocks
     fails(lambda: cli.read_layout(dict(raw_old, mm_vision_select_feature="cls_patch"), shapes_old, tower),
@@ -1751,10 +1750,10 @@ def test_errors_of_pictures(tmp_path, monkeypatch):
     fails(lambda: cli.load_image(Image.new("F", (3, 3), 0.5)), "floating-point")  # 0 to 1, or to 255, or anything
     assert cli.MAX_PIXELS >= 108_000_000  # what telephones take
     Image.new("1", (12_000, 12_000)).save(tmp_path / "huge.png")
-    with warnings.catch_warnings(record=True) as others:  # Pillow has a limit of its own: one line is enough
-        warnings.simplefilter("always")
-        fails(lambda: cli.load_image(tmp_path / "huge.png"), "huge.png", "128,000,000")
-    assert not others
+    program = "import cli; cli.run_program(lambda: cli.load_image('huge.png'))"
+    told = subprocess.run([sys.executable, "-c", program], stderr=-1, text=True, cwd=tmp_path,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)}).stderr  # fmt: skip
+    assert "huge.png" in told and "128,000,000" in told and told.count("\n") == 1, "no warning of Pillow's beside it"
     monkeypatch.setattr(cli, "MAX_PIXELS", 100)
     monkeypatch.setattr(cli.ImageOps, "exif_transpose", None)  # refused before anything is decoded
     picture(20, 20).save(tmp_path / "large.png")
@@ -2431,6 +2430,9 @@ def test_sample_batch_resumes(asked, monkeypatch, capsys):
         out.write_text(precious)
         status, _, err = run_sample(monkeypatch, capsys, *common, *["--max-new-tokens", 4] * (precious == lines[0]))
         assert status == 2 and "choose another --out" in err and out.read_text() == precious
+    (asked / "none.jsonl").write_text("\n")  # and where nothing is asked
+    status, _, err = run_sample(monkeypatch, capsys, "--model", asked, "--batch", asked / "none.jsonl", "--out", out)
+    assert status == 2 and "choose another --out" in err and out.read_text() == lines[0]
 
 
 @pytest.mark.parametrize("line", ["{", '{"image": "a.png"}', '{"prompt": "x", "image": 3}', "[" * 100_000,
@@ -2869,7 +2871,7 @@ def test_llava_bad_rows(small_tokenizer, tmp_path, monkeypatch, capsys):
     (tmp_path / "good.png").write_bytes(png_bytes())
     (tmp_path / "broken.png").write_bytes(png_bytes()[:40])
     (tmp_path / "recipe.png").write_bytes(b'{"no": "picture"}')
-    good = [conversation(f"Question {i}?", "Yes.") for i in range(5)]
+    good = [conversation(f"Question {i}?", "Yes.", images=[]) for i in range(5)]
     bad = {
         "{not json": "Expecting",
         json.dumps({"id": 1}): "conversations",
@@ -2882,7 +2884,7 @@ def test_llava_bad_rows(small_tokenizer, tmp_path, monkeypatch, capsys):
         json.dumps(conversation("Hi", "Ho", image="missing.png")): "missing.png",
         json.dumps(conversation("Hi", "Ho", image="broken.png")): "picture",
         json.dumps(conversation("Hi", "Ho", image="recipe.png")): "not a picture",
-        json.dumps(conversation("Hi", "Ho", images=["good.png"])): 'the key is "image"',
+        json.dumps(conversation("Hi", "Ho", images=["good.png"], image=None)): 'the key is "image"',
         json.dumps(conversation("Hi", "\ud800")): "not valid Unicode",
         json.dumps(conversation("Hi", "Ho", image="\ud800.png")): "picture",
         json.dumps({"conversations": [{"from": ["human"], "value": "a"}, {"from": "gpt", "value": "b"}]}): "from/value",
@@ -2973,6 +2975,7 @@ def test_prepare_mistakes_are_one_line(emoji, tmp_path, small_tokenizer, monkeyp
         (["emoji", "--max-bad", "nan"], "cannot be negative"),
         (["emoji", "--steps", "1"], "unrecognized arguments: --steps"),
         (["emoji", "--vall", "1"], "unrecognized arguments: --vall 1: did you mean --val?"),
+        (["emoji", "--images", "d"], "unrecognized arguments: --images d\n"),  # a flag of another command
         ([], "COMMAND"),
         (["emoji", *(word for split in ("encode", "pretrain", "train", "val") for word in (f"--{split}", "0")),
           "--tokenizer", emoji], "no rows in emoji"),
@@ -3601,6 +3604,12 @@ def test_two_ranks_give_what_one_gives(few, tmp_path, monkeypatch):
     assert [config["image_aspect_ratio"] for config in configs] == ["pad", "anyres_max_9"]
     assert configs[1]["fusion"]["gate_bias_init"] == -4.0
     assert not torch.distributed.is_initialized()
+    parents, left = [7, 7, 1], []
+    monkeypatch.setattr(os, "getppid", lambda: parents.pop(0))
+    monkeypatch.setattr(os, "_exit", left.append)
+    monkeypatch.setattr(train.time, "sleep", lambda seconds: None)
+    train.end_with(7)  # a rank whose rank 0 was killed
+    assert left == [1] and not parents
 
 
 def test_sharded_ranks_give_what_one_gives(mixed, tmp_path, monkeypatch):
@@ -3737,7 +3746,7 @@ def test_train_mistakes_are_one_line(few, mixed, tmp_path, monkeypatch, capsys):
         (["--config", tmp_path / "numbers.json"], "expected a JSON object of settings, or a list of such objects"),
         (["--config", tmp_path / "same.json"], "two stages have the same out"),
         (["--config", tmp_path / "none_at_all.json"], "or a list of such objects"),
-        ([*tiny, "--out", tmp_path / "foreign"], "foreign holds model.safetensors, which is no run's"),
+        ([*tiny, "--out", tmp_path / "foreign"], "foreign holds a model that is no run's"),
         ([*tiny, "--data", tmp_path], "no manifest.json with splits: make the data with prepare_data.py first"),
         ([*tiny, "--split", "tune"], "has no split 'tune', only encode, pretrain, train, val_seen"),
         ([*tiny, "--data", tmp_path / "damaged"], "train-00000.safetensors: missing or damaged"),
@@ -3986,14 +3995,16 @@ def test_evaluate_generates(few, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda source, allow_patterns: str(tmp_path))
     train.evaluate("owner/name", None, few, device="cpu", limit=1)
-    assert cli.read_json("out/eval/name/eval.json")["model"] == "owner/name" and not Path("owner").exists()
+    found = cli.read_json(f"out/eval/owner-name/{few.name}/eval.json")
+    assert found["model"] == "owner/name" and not Path("owner").exists()
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)  # nor do the scores of other data take the place of its own
     before, other = (tmp_path / "eval.json").read_bytes(), shutil.copytree(few, tmp_path / "other")
     cli.write_text(other / "manifest.json", json.dumps({**cli.read_json(few / "manifest.json"), "seed": 9}))
     train.evaluate(tmp_path, None, other, device="cpu", limit=1)
     assert (tmp_path / "eval.json").read_bytes() == before
-    assert cli.read_json(Path("out/eval") / tmp_path.name / "eval.json")["data_seed"] == 9
+    (found,) = Path("out/eval").glob(f"*-{tmp_path.name}/{few.name}/eval.json")
+    assert cli.read_json(found)["data_seed"] == 9
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4063,6 +4074,7 @@ def test_benchmarks_keep_to_one_model(tmp_path, monkeypatch):
         with pytest.raises(InputError, match="another model"):
             benchmarks.open_run(tmp_path / "out", {**own, **change})
     assert benchmarks.open_run(tmp_path / "out", own)[0]
+    monkeypatch.delitem(sys.modules, "experiments.benchmarks")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

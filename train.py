@@ -23,10 +23,10 @@ import json
 import math
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -512,8 +512,7 @@ def commit():
         return "unknown"
 
 
-# Settings that may differ when a run goes on: what data's folder holds is compared by its hash.
-FREE = ("out", "data", "device", "save_minutes", "eval_every")
+FREE = ("out", "device", "save_minutes", "eval_every")  # settings that may differ when a run goes on
 
 
 def earlier_run(out, settings):
@@ -526,12 +525,12 @@ def earlier_run(out, settings):
         before = (facts or state or {"config": {}})["config"]
     except Exception as e:  # pickle and zip each have errors of their own
         raise InputError(f"{out}: its checkpoint is damaged, delete it: {cli.first_line(e)}") from e
-    if wrong := [f"{k}={v!r}" for k, v in before.items() if k not in FREE and v != settings.get(k)]:
+    free = (*FREE, "data")  # of the data the hash is compared, wherever they lie
+    if wrong := [f"{k}={v!r}" for k, v in before.items() if k not in free and v != settings.get(k)]:
         raise InputError(f"{out} holds a run with other settings, {', '.join(wrong)}: give another --out, or delete it")
     ours = facts or state or (out / "settings.json").exists()
-    if not ours and (others := [name for name in ("config.json", "model.safetensors", "log.jsonl")
-                                if (out / name).exists()]):  # fmt: skip
-        raise InputError(f"{out} holds {others[0]}, which is no run's of train.py: give another --out")
+    if not ours and (out / "config.json").exists() | (out / "model.safetensors").exists():
+        raise InputError(f"{out} holds a model that is no run's of train.py: give another --out")
     return facts, state
 
 
@@ -752,7 +751,7 @@ def gates_table(opened, levels):
 def evaluate(source, blind_source, data, readme=None, device="auto", limit=0):
     """Accuracy (exact match) by split and kind of the model, its blind twin and the majority answer, and the mean W by
     kind: printed as tables, and written to eval.json in the model's folder (of one that was not trained on these data:
-    in out/eval/NAME), every answer to answers.jsonl."""
+    in out/eval/MODEL/DATA), every answer to answers.jsonl."""
     device, _ = cli.pick_device(device)
     manifest = read_manifest(data, "train")
     splits = [split for split in manifest["splits"] if split.startswith("val")]
@@ -767,7 +766,9 @@ def evaluate(source, blind_source, data, readme=None, device="auto", limit=0):
     if not model.vision:
         raise InputError(f"{source} has no vision encoder")
     trained = json.dumps(cli.read_json(Path(source) / "train.json", {}))
-    out = Path(source) if sha256(json.dumps(manifest)) in trained else Path("out/eval") / Path(source).absolute().name
+    out = Path(source)
+    if sha256(json.dumps(manifest)) not in trained:
+        out = Path("out/eval", "-".join(Path(os.path.abspath(source)).parts[-2:]), manifest["name"])
     out.mkdir(parents=True, exist_ok=True)
     most = {kind: model.tokenizer.decode(ids).strip()
             for kind, ids in majority(Rows(data, "train", model.config, blind=True)).items()}
@@ -872,16 +873,20 @@ def start_ranks(n):
         port = s.getsockname()[1]
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(n)}
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    for number in (getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP")):
-        if number and signal.getsignal(number) == signal.SIG_DFL:  # not under nohup
-            signal.signal(number, lambda number, _: sys.exit(128 + number))  # which ends the other ranks too
     for rank in range(1, n):  # rank 0 does the talking
-        environment = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        environment = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "RANK_0": str(os.getpid())}
         child = subprocess.Popen([sys.executable, *sys.argv], env=environment, stdout=subprocess.DEVNULL,
                                  stderr=subprocess.DEVNULL, start_new_session=True)  # Ctrl-C is for rank 0
         atexit.register(child.kill)
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0"}
     torch.set_num_threads(threads)
+
+
+def end_with(parent):
+    """Leave as soon as the process that started this one is gone, however it ended."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def main():
@@ -894,6 +899,8 @@ def main():
     usual = 1 if os.name == "nt" else min(cores, 2)  # on Windows gloo does not find its way with every PyTorch
     if "RANK" not in os.environ and on_cpu and (ranks := args.ranks or usual) > 1:
         start_ranks(ranks)
+    if "RANK_0" in os.environ:
+        threading.Thread(target=end_with, args=[int(os.environ["RANK_0"])], daemon=True).start()
     if "RANK" in os.environ:  # or started by torchrun
         cuda = torch.cuda.is_available() and configs[0].device in ("auto", "cuda")
         if cuda:
