@@ -82,7 +82,7 @@ def first_line(e):
 
 def did_you_mean(name, known):
     """The nearest of the known names, as the end of a message; nothing where none is near."""
-    near = difflib.get_close_matches(name, known, 1)
+    near = difflib.get_close_matches(name, known, 1, 0.75)
     return f": did you mean {near[0]}?" if near else ""
 
 
