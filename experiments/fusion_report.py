@@ -125,11 +125,13 @@ def main_table(answers, regime):
     for variant, (label, *_) in VARIANTS.items():
         key, runs = (regime, variant), answers.runs.get((regime, variant), {})
         if runs:
-            first = runs[min(runs)]  # its seed was run on one machine for all variants, so times can be compared
+            first = runs[min(runs)]
+            cost = [f"{1000 * first['step_seconds']:.0f}", f"{first['gib']:.2f}"]
             beside = [percent(answers.difference(key, (regime, other)), True) if variant != other else ""
                       for other in ("none", "sli")]  # fmt: skip
+            # One seed was run on one machine for all variants: only its times can be compared.
             rows.append([label, percent(answers.accuracy(key)), *beside, f"{first['parameters'] / 1e6:.2f}",
-                         f"{1000 * first['step_seconds']:.0f}", f"{first['gib']:.2f}", f"{first['spec']['steps']:,}",
+                         *(cost if first["spec"]["seed"] == SEEDS[0] else ["", ""]), f"{first['spec']['steps']:,}",
                          f"{first['spec']['rate']:g}", len(runs)])  # fmt: skip
     head = "variant|accuracy %|minus none|minus SLI|M parameters|ms a step|GiB|steps|rate|seeds"
     return markdown(head.split("|"), rows)
