@@ -24,7 +24,8 @@ def main():
     args = parser.parse_args()
     rows = {"single.png": ("val_pair", args.single), "scene.png": ("val_scene", args.scene)}
     for split, row in rows.values():
-        if not 0 <= row < (count := len(Rows(args.data, split, Config()))):
+        count = len(Rows(args.data, split, Config()))
+        if not 0 <= row < count:
             raise InputError(f"{split} has rows 0 to {count - 1}, none {row}")
     out, shows, concepts = HERE / "assets/pictures", {}, load_emoji()[1]
     out.mkdir(exist_ok=True)
