@@ -40,12 +40,12 @@ def generate(model, prompts, pictures, args, cache=None, number=0):
                           args.repetition_penalty, args.seed + number, cache)
 
 
-def answer(model, prompt, pictures, args, start, cache=None, show=True, turn=0):
+def answer(model, prompt, pictures, args, start, cache=None, show=True, number=0):
     """Generate one answer, streaming it -> (text, ids, facts). Ctrl-C ends the answer and is passed on in the facts.
-    start: when its question was read."""
+    start: when its question was read; number: as generate() takes it."""
     first, ids, printed, stopped = None, [], 0, False
     try:
-        for (token,) in generate(model, [prompt], [pictures], args, cache, turn):
+        for (token,) in generate(model, [prompt], [pictures], args, cache, number):
             first = first or time.time()
             ids.append(token)
             text = model.tokenizer.decode(ids)
@@ -181,7 +181,7 @@ def chat(model, args):
         try:
             prompt = (left or []) + encode_chat(model.tokenizer, model.config.template, [turn], start=left is None)[0]
             fed = cache.lengths[0] + stream_length(model, prompt, images)
-            _, ids, facts = answer(model, prompt, images, args, start, cache, turn=turns)
+            _, ids, facts = answer(model, prompt, images, args, start, cache, number=turns)
         except InputError as e:  # longer than what is left of the context: the conversation stays as it was
             say(f"error: {e}")
             continue

@@ -529,7 +529,7 @@ def earlier_run(out, settings):
     if wrong := [f"{k}={v!r}" for k, v in before.items() if k not in free and v != settings.get(k)]:
         raise InputError(f"{out} holds a run with other settings, {', '.join(wrong)}: give another --out, or delete it")
     ours = facts or state or (out / "settings.json").exists()
-    if not ours and (out / "config.json").exists() | (out / "model.safetensors").exists():
+    if not ours and any((out / name).exists() for name in ("config.json", "model.safetensors")):
         raise InputError(f"{out} holds a model that is no run's of train.py: give another --out")
     return facts, state
 
