@@ -9,16 +9,18 @@ and at the prompt (AGF). Everything else is LLaVA-OneVision.
     eq. 1    V = ImageEncoder(I)                                   VisionEncoder
     eq. 2    V_hat = MLP(V)                                        CLI.projector
     eq. 3    next token from LLM([V_hat; T])                       Decoder, CLI.forward
-    eq. 4-5  V_hat_k = MLP(V_k) + alpha/r B_k A_k V_k              AMP.forward
-    eq. 6-7  v_att, h_att = one learned query reads V_hat_k, h     read
+    eq. 4-5  V_hat_k = MLP(V_k) + alpha/r B_k A_k V_k              CLI.see (the MLP), AMP
+    eq. 6-7  v_att, h_att = two learned queries read V_hat_k, h    read
     eq. 8    W = sigmoid(Gate([v_att; h_att]))                     AGF.forward
     eq. 9    h' = h (1 - mask) + (h mask + W V_hat_k)              CLI.inject
 
-Legend: T tokens of the stream (in eq. 3 the text), T_prompt before its pictures are put in, N visual tokens, B
+Legend: I a picture; V_k hidden states of vision level k (0 = patch embeddings, i = after block i), V_hat_k the same in
+the decoder's width (v_hat in the code); A_k, B_k, r, alpha an adapter's matrices, rank and scale; h the decoder's
+hidden states, h' after an injection; mask 1 at visual positions; l a decoder layer (from 0); W the weight of a gate.
+Sizes: T tokens of the stream (in eq. 3 the text), T_prompt before its pictures are put in, N visual tokens, B
 sequences, M tokens of the longest, P patches of a crop, n crops, S crop side in pixels, D and Dv widths of decoder and
-vision encoder, C any width, V words, V_k hidden states of vision level k (0 = patch embeddings, i = after block i), l
-decoder layer (from 0), W weight of a gate, but (W, H) a picture's pixels, r rank of an adapter, H heads, K key/value
-heads, hd head size. Sequences lie end to end in one flat stream (T, D) without padding.
+vision encoder, C any width, V words, H heads, K key/value heads, hd head size; (W, H) also a picture's pixels.
+Sequences lie end to end in one flat stream (T, D) without padding.
 
     model = CLI.from_pretrained("assets/nano")                     # a folder or a hub id
     prompt, _ = encode_chat(model.tokenizer, model.config.template, [("user", user_content("What is this?", 1))])
@@ -150,7 +152,7 @@ class FusionConfig:
     routes: tuple = ()  # ((l, (k, k, ...)), ...)
     projector: str = "shared"  # "shared" MLP | "lora": MLP + B A (AMP, eq. 5) | "full": an MLP of each level's own
     gate: str = "none"  # "none": W = 1 | "scalar" | "vector": one weight a channel. Paper silent; Table 4 fits scalar
-    lora_rank: int = 128  # paper silent: rank and alpha are LLaVA's own LoRA defaults; Table 4 fits 128
+    lora_rank: int = 128  # paper silent: rank and alpha as in LLaVA's LoRA script; Table 4 fits 128
     lora_alpha: float = 256.0
     lora_per: str = "pair"  # an adapter per (decoder layer, level), or per "level"; paper silent, Table 4 fits pair
     agf_attention: str = "shared"  # one attention for eq. 6 and 7, or "split"; paper silent, Table 4 fits shared
@@ -244,7 +246,8 @@ class Config:
 
 
 def parse_layers(spec):
-    """"RANGE-a-b-s" (the paper's notation, Python's range(a, b, s)), "0,2,5" or a list -> list[int]."""
+    """"RANGE-a-b-s" (the paper's notation, Python's range(a, b, s)), "0,2,5" or a list -> list[int]. Raises InputError.
+    """
     if not isinstance(spec, str):
         return [int(i) for i in spec]
     if m := re.fullmatch(r"RANGE-(\d+)-(\d+)-([1-9]\d*)", spec):
@@ -268,7 +271,7 @@ PRESETS = {
 
 
 def fusion_preset(name, depth, levels, decoder_layers=None, vision_levels=None, **fields):
-    """A row of PRESETS for a decoder of `depth` layers and an encoder of `levels` blocks.
+    """A row of PRESETS for a decoder of `depth` layers and an encoder of `levels` blocks -> FusionConfig.
 
     decoder_layers, vision_levels: as parse_layers takes them. The defaults, RANGE-1-depth-4 and RANGE-1-levels-2, give
     the parameter counts of Table 4; the released CLI-7B has RANGE-1-28-4 for both. Further fields: FusionConfig's.
@@ -303,6 +306,12 @@ def rotate(x, cos, sin):  # (T, H, hd) -> (T, H, hd); "rotate half": channel i t
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
+def flash(q):
+    """Whether PyTorch's flash attention takes q: not before Ampere, and not in builds without it (on Windows)."""
+    half, built = q.dtype in (torch.float16, torch.bfloat16), torch.backends.cuda.is_flash_attention_available()
+    return q.is_cuda and half and built and torch.cuda.get_device_capability(q.device)[0] >= 8
+
+
 def attention(q, k, v, causal=False):
     """softmax(q k^T / sqrt(hd)) v: q (B, H, T, hd), k and v (B, K, T, hd) -> (B, H, T, hd)."""
     T = q.shape[2]
@@ -312,7 +321,7 @@ def attention(q, k, v, causal=False):
         if causal and q.device.type == "mps":  # is_causal leaks in float16 before PyTorch 2.13 (its issue 195910)
             mask, causal = torch.ones(T, T, dtype=torch.bool, device=q.device).tril(), False
         grouped = q.shape[1] != k.shape[1]
-        if grouped and q.is_cuda and q.dtype == torch.float32:  # its only kernel for that would make all T x T scores
+        if grouped and q.is_cuda and not flash(q):  # the only kernel for that would make all T x T scores
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
     # On a CPU spelled out, 128 queries at a time, whose scores stay in the processor's cache: where that was measured,
@@ -346,10 +355,9 @@ def by_sequence(x, seqlens):
 
 
 def attend(q, k, v, seqlens):
-    """Causal attention, every sequence of the flat stream alone: q (T, H, hd), k and v (T, K, hd) -> (T, H, hd)."""
-    half = q.dtype in (torch.float16, torch.bfloat16)
-    flash = q.is_cuda and half and torch.cuda.get_device_capability(q.device)[0] >= 8
-    if flash and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256 and (flash_attn_varlen_func or varlen_attn):
+    """Causal attention, every sequence of the flat stream alone: q (T, H, hd), k and v (T, K, hd) -> (T, H, hd).
+    seqlens: how many tokens each has."""
+    if flash(q) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256:
         ends = put([0, *itertools.accumulate(seqlens)], q.device, torch.int32)
         if flash_attn_varlen_func:
             return flash_attn_varlen_func(q, k, v, ends, ends, max(seqlens), max(seqlens), causal=True)
@@ -372,16 +380,17 @@ class KVCache:
         if (more := length - self.k.shape[3]) > 0:
             self.k, self.v = F.pad(self.k, (0, 0, 0, more)), F.pad(self.v, (0, 0, 0, more))
 
-    def attend(self, layer, q, k, v, seqlens):
-        """As attend() above, behind what is cached of each sequence; writes k and v, but leaves `lengths` alone."""
+    def attend(self, layer, positions, q, k, v, seqlens):
+        """As attend() above, behind what is cached of each sequence; positions int64[T]: those of q in their sequences.
+        Writes k and v, but leaves `lengths` alone."""
         keys, values = self.k[layer], self.v[layer]  # (B, K, length, hd)
         if max(seqlens) == 1:  # one new token each: all sequences at once
-            rows, ends = torch.arange(len(seqlens), device=q.device), put(self.lengths, q.device)
-            keys[rows, :, ends], values[rows, :, ends] = k, v
+            rows = torch.arange(len(seqlens), device=q.device)
+            keys[rows, :, positions], values[rows, :, positions] = k, v
             longest = max(self.lengths) + 1
             mask = None
             if min(self.lengths) + 1 < longest:
-                mask = (torch.arange(longest, device=q.device) <= ends[:, None])[:, None, None]  # (B, 1, 1, longest)
+                mask = torch.arange(longest, device=q.device) <= positions[:, None, None, None]  # (B, 1, 1, longest)
             # The H/K queries of a key/value head stand side by side as if they were positions: no key is copied.
             grouped = q.view(len(seqlens), k.shape[1], -1, q.shape[-1])  # (B, K, H/K, hd)
             out = F.scaled_dot_product_attention(grouped, keys[:, :, :longest], values[:, :, :longest], mask)
@@ -391,9 +400,11 @@ class KVCache:
             start, end = self.lengths[b], self.lengths[b] + len(kb)
             keys[b, :, start:end], values[b, :, start:end] = kb.transpose(0, 1), vb.transpose(0, 1)
             if start:  # is_causal would align the mask with the first key, not the last: spell it out
-                mask = torch.ones(len(qb), end, dtype=torch.bool, device=q.device).tril(start)
-                qkv = qb.transpose(0, 1)[None], keys[b : b + 1, :, :end], values[b : b + 1, :, :end]
-                out.append(F.scaled_dot_product_attention(*qkv, mask, enable_gqa=True)[0].transpose(0, 1))
+                groups = q.shape[1] // k.shape[1]
+                mask = torch.ones(len(qb), end, dtype=torch.bool, device=q.device).tril(start).repeat(groups, 1)
+                grouped = qb.transpose(0, 1).reshape(1, k.shape[1], -1, q.shape[-1])  # (1, K, H/K T, hd), as above
+                new = F.scaled_dot_product_attention(grouped, keys[b, :, :end][None], values[b, :, :end][None], mask)
+                out.append(new.view(q.shape[1], len(qb), -1).transpose(0, 1))
             else:
                 out.append(attend(qb, kb, vb, [len(qb)]))
         return torch.cat(out)
@@ -572,7 +583,8 @@ class Stream:
 class AMP(nn.ModuleDict):
     """Vision levels made comparable: V_hat_k = MLP(V_k) + alpha/r B A V_k, the MLP shared (eq. 5).
 
-    Adapters: self[l][j] for the j-th level of decoder layer l's route, or self[k] for one per level.
+    Adapters: self[l][j] for the j-th level of decoder layer l's route, or self[k] for one per level. With
+    projector="full" self[k] is an MLP of level k's own, in the shared one's place.
     """
 
     def __init__(self, cfg, Dv, D):
@@ -680,6 +692,8 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
+    """Embeddings, layers and final norm; the output head is CLI's."""
+
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
@@ -699,11 +713,11 @@ class Decoder(nn.Module):
         rope = rotary(positions, self.cfg.head_dim, self.cfg.rope_theta)
         for l, layer in enumerate(self.layers):
             if l in inject and inject_at == "input":
-                h = inject.pop(l)(h)
+                h = maybe_checkpoint(self.checkpointing, inject.pop(l), h)
             h = maybe_checkpoint(self.checkpointing, layer, h, rope, seqlens,
-                                 functools.partial(cache.attend, l) if cache else attend)
+                                 functools.partial(cache.attend, l, positions) if cache else attend)
             if l in inject and inject_at == "output":
-                h = inject.pop(l)(h)
+                h = maybe_checkpoint(self.checkpointing, inject.pop(l), h)
         if cache:
             cache.lengths = [p + n for p, n in zip(past, seqlens)]
         return self.norm(h)
@@ -780,7 +794,7 @@ class CLI(nn.Module):
         labels: what comes before the first supervised token); cache: KVCache that the sequences continue, with room for
         them; select: None for all positions, "last" of every sequence; labels: int64[T_prompt], the id each token
         should be, IGNORE where unsupervised.
-        Returns (logits float[T_selected, V], gates {l: float[B, levels]}), or with labels
+        Returns (logits float[T, V], with select="last" float[B, V], gates {l: float[B, levels]}), or with labels
         (sum of cross-entropies, number of supervised tokens, gates).
         """
         seqlens = seqlens or [len(tokens)]
@@ -838,6 +852,7 @@ class CLI(nn.Module):
         prompts: list of B id lists; images: list of B lists of PIL images or Pictures; temperature 0 is greedy;
         top_k 0 and top_p 1 keep every token; repetition_penalty divides the scores of ids generated so far (None: the
         checkpoint's). cache: a KVCache to continue (a chat: one prompt); afterwards it holds everything that was fed.
+        Raises InputError for an empty prompt, an unknown id, or pictures that do not match their places.
         """
         images = [[p if isinstance(p, Picture) else prepare_image(p, self.config, len(ps) > 1) for p in ps]
                   for ps in images or [[]] * len(prompts)]
@@ -989,7 +1004,7 @@ RENAMES = [  # published name -> ours, one after the other, behind the user's ow
     (r"^multi_modal_projector\.linear_1\.", "projector.0."),
     (r"^multi_modal_projector\.linear_2\.", "projector.2."),
 ]
-IGNORED = [  # on our names; nothing else is ever skipped
+IGNORED = [  # on our names; beside these only vision blocks behind the level that is read are skipped
     (r".*rotary_emb\.inv_freq", "rotary frequencies are computed"),
     (r"vision\.(post_layernorm|head)\..*", "LLaVA reads the vision tower before its final norm and pooling head"),
     (r"vision\.position_ids", "positions are counted"),
@@ -1395,12 +1410,14 @@ class Tokenizer:
         return self.backend.get_vocab_size()
 
     def encode(self, text):
+        """Text alone, without special tokens -> list[int]."""
         try:
             return self.backend.encode(text, add_special_tokens=False).ids
         except TypeError as e:  # a lone surrogate
             raise InputError(f"{text[:40]!r} is not valid Unicode") from e
 
     def decode(self, ids):
+        """Ids (None: nothing) -> str, special tokens left out."""
         return self.backend.decode([i for i in ids if i is not None], skip_special_tokens=True)
 
     def id(self, token):

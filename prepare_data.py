@@ -19,10 +19,10 @@ Output, in data/NAME/:
     bad_rows.jsonl            rows that were left out, where they stand and why (only if there are any)
     arguments.json            what the folder was begun with: a run that goes on must have the same
 
-A recipe is a line of JSON that open_picture() draws: a scene takes a millisecond to draw and 200 bytes to keep, so that
-a hundred thousand different ones fit anywhere. An interrupted run goes on where it was: finished shards are kept, but
-for those with bad rows, which may have been mended. A shard depends on nothing but the arguments, what the rows point
-to, its split and number, so the bytes are those of a run in one go.
+A recipe is a line of JSON that open_picture() of assets/emoji/scenes.py draws: a scene takes a millisecond to draw and
+200 bytes to keep, so that a hundred thousand different ones fit anywhere. An interrupted run goes on where it was:
+finished shards are kept, but for those with bad rows, which may have been mended. A shard depends on nothing but the
+arguments, what the rows point to, its split and number, so the bytes are those of a run in one go.
 """
 
 import functools

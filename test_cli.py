@@ -12,6 +12,7 @@ import importlib
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -1073,7 +1074,7 @@ def test_attention_asks_a_gpu_for_the_same(kernel, monkeypatch):
     every query head with its key/value head."""
     generator, seqlens = torch.Generator().manual_seed(0), [5, 1, 7]
     q, k, v = (torch.randn(13, heads, 16, generator=generator) for heads in (6, 2, 2))
-    expected, asked = cli.attend(q, k, v, seqlens), []
+    expected, asked, plain = cli.attend(q, k, v, seqlens), [], F.scaled_dot_product_attention
 
     def imitated(q, k, v, ends_q, ends_k, longest_q, longest_k, **options):
         asked.append(options)
@@ -1084,6 +1085,7 @@ def test_attention_asks_a_gpu_for_the_same(kernel, monkeypatch):
         return torch.cat([x[0].transpose(0, 1) for x in out])
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     monkeypatch.setattr(cli, "flash_attn_varlen_func", None)
     monkeypatch.setattr(cli, kernel, imitated)
     half = (x.bfloat16().as_subclass(AsOnCuda) for x in (q, k, v))
@@ -1092,9 +1094,14 @@ def test_attention_asks_a_gpu_for_the_same(kernel, monkeypatch):
     with torch.no_grad():
         ours = cli.attend(*(x.as_subclass(AsOnCuda) for x in (q, k, v)), seqlens)  # float32: no such kernel
     assert closeness(ours.as_subclass(torch.Tensor), expected) < 1e-5 and len(asked) == 1
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))  # nor on so old a GPU
-    ours = cli.attend(*(x.bfloat16().as_subclass(AsOnCuda) for x in (q, k, v)), seqlens).as_subclass(torch.Tensor)
-    assert closeness(ours, expected) < 2e-2 and len(asked) == 1
+    for capability, built in (((7, 5), True), ((9, 0), False)):  # nor on so old a GPU, nor in builds without it
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, answer=capability: answer)
+        monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda answer=built: answer)
+        groups = []  # K and V of every query's own: grouped, the kernel that is left would keep all scores
+        monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, plain=plain, **options: groups.append(
+            options["enable_gqa"] and args[0].shape[1] != args[1].shape[1]) or plain(*args, **options))
+        ours = cli.attend(*(x.bfloat16().as_subclass(AsOnCuda) for x in (q, k, v)), seqlens).as_subclass(torch.Tensor)
+        assert closeness(ours, expected) < 2e-2 and len(asked) == 1 and groups == [False]
 
 
 def test_without_a_newline_vector_there_are_no_newline_tokens():
@@ -1251,7 +1258,8 @@ def test_gradient_checkpointing_changes_nothing(gate, monkeypatch):
         (loss / count).backward()
         results.append((loss.item(), {n: p.grad.clone() for n, p in model.named_parameters()}))
     assert runs == [False] * 2 + [True] * 4  # a second time in the backward pass
-    assert recomputed == [False] * 2 + [True] * (BLOCKS + LAYERS + 2)  # logits of 1,024 positions at a time always
+    routes = len(model.config.fusion.routes)  # injections too; logits of 1,024 positions at a time always
+    assert recomputed == [False] * 2 + [True] * (BLOCKS + LAYERS + routes + 2)
     logits = model(tokens, pictures, context=labels == IGNORE)[0]
     plain = F.cross_entropy(logits[-count - 1 : -1], labels[-count:], reduction="sum")
     assert count == 1091 and results[0][0] == results[1][0] == pytest.approx(plain.item(), rel=1e-5)
@@ -4011,9 +4019,9 @@ def test_evaluate_generates(few, tmp_path, monkeypatch):
 # experiments/one_kind.py
 
 
-def test_one_kind(emoji, tmp_path, monkeypatch):
+def test_one_kind(emoji, tmp_path, monkeypatch, capsys):
     """Rows of one kind alone, the corpus as it was afterwards; scores are those of the questions of that kind; what
-    counts as failed."""
+    counts as failed; results of another model are not taken for this one's."""
     before = dict(scenes.QUESTIONS)
     one_kind.make_rows("clock", 30, tmp_path, emoji)
     assert scenes.QUESTIONS == before
@@ -4028,8 +4036,8 @@ def test_one_kind(emoji, tmp_path, monkeypatch):
     counts = {"n": 100, "model": 50, "blind": 30, "majority": 20}
     scores = {"val_seen": {"clock": counts, "kind": counts}, "val_concept": {"kind": {**counts, "blind": 31}}}
     assert one_kind.failing(scores) == ["kind"]
-    result = {"rows": 640, "scores": {"val_seen": {"n": 8, "model": 6}}}
-    assert one_kind.table({"clock": result}, scores)[2:] == ["| clock | val_seen | 2,496 | 640 | 30 | 50 | 75 |"]
+    result = {"rows": 640, "scores": {"val_seen": {"n": 8, "model": 6}}, "together": {"val_seen": counts}}
+    assert one_kind.table({"clock": result})[2:] == ["| clock | val_seen | 2,496 | 640 | 30 | 50 | 75 |"]
     made, trained = [], []
 
     def learn(cfg):
@@ -4041,16 +4049,30 @@ def test_one_kind(emoji, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "train", learn)
     monkeypatch.setattr(one_kind, "make_rows", lambda *arguments: made.append(arguments))
     monkeypatch.setattr(CLI, "from_pretrained", lambda *_, **options: model)
-    args = argparse.Namespace(steps=0, work=tmp_path, nano=tmp_path / "nano", data=emoji)
-    among = {"val_seen": {"clock": {}, "count": {}}, "val_pair": {"clock": {}}}
-    for kind, steps, splits in (("clock", 400, ["val_seen", "val_pair"]), ("count", 200, ["val_seen"])):
-        found, cfg = one_kind.run(kind, args, among), trained.pop()
+    (tmp_path / "nano/tune").mkdir(parents=True)
+
+    def run_main(*flags):
+        among = {"val_seen": {"clock": counts, "count": counts}, "val_scene": {"count": counts}}
+        cli.write_text(tmp_path / "nano/tune/eval.json", json.dumps({"scores": among}))
+        monkeypatch.setattr(sys, "argv", [
+            "one_kind.py", "--kinds", "clock", "count", "--nano", f"{tmp_path}/nano", "--data", str(emoji), "--work",
+            str(tmp_path), "--results", f"{tmp_path}/results", *flags])  # fmt: skip
+        one_kind.main()
+        return [line for line in capsys.readouterr().out.splitlines() if line.startswith("| c")]
+
+    table = run_main()
+    assert [line.split(" | ")[1] for line in table] == ["val_seen", "val_seen", "val_scene"]
+    for kind, steps in (("count", 200), ("clock", 400)):
+        found, cfg = cli.read_json(tmp_path / f"results/{kind}.json"), trained.pop()
         assert (found["steps"], found["rows"], found["seconds"]) == (steps, 64 * steps, 3)
-        assert list(found["scores"]) == splits
         assert made.pop() == (kind, 64 * steps, tmp_path / kind / "data", tmp_path / "nano/pretrain")
         fields = {"init_from": str(tmp_path / "nano/pretrain"), "steps": steps, "data": str(tmp_path / kind / "data"),
                   "out": str(tmp_path / kind / "model")}  # fmt: skip
         assert cfg == train.TrainConfig(**{**one_kind.TUNE, **fields})
+    assert run_main() == table and not trained  # there already
+    fails(lambda: run_main("--steps", "7"), "clock.json", "another model or other steps")
+    counts["model"] = 51
+    fails(run_main, "clock.json", "another model or other steps")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4305,6 +4327,30 @@ def test_fusion_rate_is_chosen_by_the_first_seed_on_dev(tmp_path, monkeypatch):
     assert [x[4] for x in runs[1]] == 3 * changes and {x[2] for x in runs[1]} == {1, 2, 3}
 
 
+def test_fusion_runs_that_fail_do_not_stop_the_others(tmp_path, monkeypatch):
+    """A run that ends with a message, and one whose process is killed, are told when all others are done."""
+    class Process:  # which runs at once, but for the one that is killed
+        join = terminate = lambda self: None
+
+        def __init__(self, target, args):
+            self.start = lambda: args[2]["name"] == "killed" or target(*args)
+
+    def run_one(args, spec):
+        done.append(spec["name"])
+        if spec["name"] == "bad":
+            raise InputError("step 3: loss nan")
+        return f"{spec['name']}: 1 min"
+
+    done, specs = [], [{"name": name, "regime": "tuned"} for name in ("killed", "bad", "good")]
+    context = argparse.Namespace(Pipe=multiprocessing.Pipe, Process=Process)
+    monkeypatch.setattr(study.multiprocessing, "get_context", lambda kind: context)
+    monkeypatch.setattr(study.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(study, "run_one", run_one)
+    with pytest.raises(InputError, match=r"2 of 3 runs failed.*(step 3: loss nan|killed: its process ended)"):
+        study.execute(argparse.Namespace(results=tmp_path, work=tmp_path, jobs=1), specs)
+    assert done == ["bad", "good"]
+
+
 def test_fusion_runs_that_do_not_belong_together(tmp_path):
     """No run joins others that were asked other questions, those of its seed made with another encoder or in another
     dtype, those of its variant trained for longer; nor starts from a model that was pre-trained in another way."""
@@ -4397,6 +4443,10 @@ def test_fusion_report_tables():
     needs = [row for row in fusion_report.needs_table(answers, "tuned") if row.startswith("| the background")]
     assert "| 20 | 0.0 [0.0, 0.0] | +50.0 [50.0, 50.0] | +100.0" in needs[0] and "| new ones | 20 |" in needs[1]
     assert "| none (one-to-one) (3) | DeepStack (3) | SLI (2) |" in fusion_report.needs_table(answers, "tuned")[0]
+    agf = next(row for row in fusion_report.seeds_table(answers, "tuned") if row.startswith("| AGF"))
+    assert agf.split("|")[2:6] == [" 0, 1, 2 ", " 43.3 / 63.3 / 83.3 ", " 10.0 / 30.0 / 50.0 ", " 20.0 / 60.0 / 100.0 "]
+    (rates,) = fusion_report.rates_table(answers, "tuned", runs)[2:]  # of CLI alone there are two
+    assert rates == "| CLI | -51.7 | -85.0 | -70.0 | +0.0 |"
     kinds = fusion_report.kinds_table(answers, "tuned", "val_seen")
     assert any(row.startswith("| background | 20 | 0.0 |") for row in kinds)
     assert any(row.startswith("| all | 40 | 50.0 |") for row in kinds)

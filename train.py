@@ -8,6 +8,7 @@
     torchrun --nproc_per_node=2 train.py ...        several ranks share every step's rows, with --shard the weights too
 
 A setting on the command line holds for every stage; a fusion, and field by field its fields, for those that have one.
+The defaults below are those of --config: the recipes (RECIPES in this file) set many otherwise.
 A run that was killed goes on from its last checkpoint when the same command is given again: on a CPU with the same
 losses to the last bit. Its folder: settings.json, state.pt (weights, optimiser, position) and log.jsonl, in the end
 the model, log.jsonl and train.json, which has the settings too.
@@ -70,6 +71,8 @@ def setting(default, text):
 
 @dataclass
 class TrainConfig:
+    """The settings of one stage: every field is a flag, its text the help."""
+
     data: str = setting("data/emoji", "folder that prepare_data.py wrote")
     split: str = setting("train", "split of the data to train on")
     out: str = setting("out/nano", "folder of the run (recipe or file NAME: out/NAME); several stages: one each in it")
@@ -302,6 +305,7 @@ def build_model(cfg, manifest):
 
 
 def make_fusion(cfg, depth, levels, **defaults):
+    """-> FusionConfig of the settings; defaults: fields where these are silent. Raises InputError."""
     try:
         return cli.fusion_preset(cfg.fusion, depth, levels, **{**defaults, **cfg.fusion_fields})
     except (TypeError, ValueError) as e:
@@ -309,6 +313,7 @@ def make_fusion(cfg, depth, levels, **defaults):
 
 
 def check_tokenizer(model, source, data, manifest):
+    """Raises InputError for data that were made with another tokenizer.json than the model's."""
     if model.tokenizer is None:
         raise InputError(f"{source} has no tokenizer.json: put the one of the decoder's family beside the weights")
     if sha256(model.tokenizer.json) != manifest["tokenizer_sha256"]:
@@ -402,7 +407,7 @@ def make_optimizers(model, cfg):
                 for (rate, decay, gate), ps in groups.items()]
 
     dtype, _ = training_dtype(cfg.dtype, model.device)
-    return [torch.optim.AdamW(described(groups), betas=(0.9, cfg.beta2)),
+    return [torch.optim.AdamW(described(groups), betas=(0.9, cfg.beta2), fused=model.device.type == "cuda"),
             *([Muon(described(matrices), dtype)] if matrices else [])]
 
 
@@ -895,18 +900,19 @@ def main():
         readme, device = args.readme, configs[0].device
         return evaluate(args.evaluate, args.blind_model, configs[0].data, readme, device, args.questions)
     cores = torch.get_num_threads()
-    on_cpu = cli.pick_device(configs[0].device)[0].type == "cpu"
+    kind = cli.pick_device(configs[0].device)[0].type
     usual = 1 if os.name == "nt" else min(cores, 2)  # on Windows gloo does not find its way with every PyTorch
-    if "RANK" not in os.environ and on_cpu and (ranks := args.ranks or usual) > 1:
+    if "RANK" not in os.environ and kind == "cpu" and (ranks := args.ranks or usual) > 1:
         start_ranks(ranks)
     if "RANK_0" in os.environ:
         threading.Thread(target=end_with, args=[int(os.environ["RANK_0"])], daemon=True).start()
     if "RANK" in os.environ:  # or started by torchrun
-        cuda = torch.cuda.is_available() and configs[0].device in ("auto", "cuda")
-        if cuda:
+        if kind not in ("cpu", "cuda") or kind == "cuda" and not dist.is_nccl_available():
+            raise InputError(f"several processes cannot share work on {kind} here: take one, or --device cpu")
+        if kind == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         wait = datetime.timedelta(hours=2)  # while rank 0 writes a checkpoint, of 7B some 100 GB
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=wait)
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=wait)
     began = time.time()
     try:
         for cfg in configs:
