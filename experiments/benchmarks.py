@@ -6,8 +6,11 @@
     python experiments/benchmarks.py --tasks nano --include-path experiments/tasks --out out/nano   needs no network
 
 Prompts, pictures and lengths of answers are those of LMMs-Eval's own wrappers of LLaVA-OneVision and LLaVA-1.5, and so
-is the checkpoint's repetition penalty; decoding is greedy. Tasks that show videos, sample, ask in several rounds or
-compare likelihoods are refused.
+is the checkpoint's repetition penalty; `until` is ignored, as there. Differences: answers are decoded in batches of
+similar length (in float32 they are those of batch size 1; in bfloat16 two nearly equal tokens may change places), and
+always greedily, where the wrapper samples if neither the task nor the checkpoint says otherwise; special tokens written
+out in a question stay text. Tasks that show videos, sample, ask in several rounds or compare likelihoods are refused; a
+question longer than the model's context counts as answered with nothing.
 
 In --out: answers.jsonl, every answer as it comes (a run that was killed goes on where it was when the same command is
 given again); results.jsonl, a line for every task that is done; scores-TASK.jsonl, the task's metrics for every
@@ -166,8 +169,8 @@ def open_run(out, settings):
 
 
 def fingerprint(model):
-    """A short hash of the weights: 16 numbers of every tensor."""
-    total = hashlib.sha256()
+    """A short hash of the configuration and the weights: 16 numbers of every tensor."""
+    total = hashlib.sha256(json.dumps(model.config.to_dict()).encode())
     for name, p in model.state_dict().items():
         total.update(name.encode() + p.flatten()[:16].float().cpu().numpy().tobytes())
     return total.hexdigest()[:16]
@@ -214,8 +217,8 @@ def make_table(lines, beside):
 
 def choose_tasks(text, manager):
     names = [name for part in text.split(",") for name in GROUPS.get(part, (part,))]
-    if not names:
-        raise InputError(f"--tasks {text}: this list is empty so far: put the tasks' names into GROUPS in {__file__}")
+    if empty := [part for part in text.split(",") if not GROUPS.get(part, True)]:
+        raise InputError(f"--tasks {empty[0]}: this list is empty so far: put its tasks' names into GROUPS, {__file__}")
     for name in names:
         if name not in manager.all_tasks:
             near = " or ".join(difflib.get_close_matches(name, manager.all_tasks, 3))

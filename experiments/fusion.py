@@ -24,6 +24,7 @@ import re
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
@@ -444,7 +445,7 @@ def finished(args, spec):
 
 
 def execute(args, specs):
-    """Work off the missing runs, args.jobs at a time, each in a process of its own: so its memory is its own."""
+    """Work off the missing runs, args.jobs at a time. Raises InputError once all others are done, if some failed."""
     todo = [spec for spec in specs if not finished(args, spec)]
     for spec, other in itertools.product(todo, load_results(args)):
         # All runs of a study, of a seed (differences are taken within it), and of a variant have these in common.
@@ -456,11 +457,43 @@ def execute(args, specs):
             raise InputError(f"{args.results} holds {other['spec']['name']} with {', '.join(wrong)}: give another "
                              f"--results, or leave seed {spec['seed']} out of --seeds")
     if todo:
-        quiet = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}  # Ctrl-C is for the parent
-        with multiprocessing.get_context("spawn").Pool(args.jobs, maxtasksperchild=1, **quiet) as pool:
-            bar = tqdm(pool.imap_unordered(functools.partial(run_one, args), todo), total=len(todo), desc="runs")
-            for line in bar:
-                bar.write(line)
+        children, failed = [], []
+        with ThreadPoolExecutor(args.jobs) as threads:
+            try:
+                runs = [threads.submit(in_process, args, spec, children) for spec in todo]
+                for run in (bar := tqdm(as_completed(runs), total=len(todo), desc="runs")):
+                    bar.write(run.result())
+                    failed += [run.result()] * run.result().startswith("failed")
+            finally:
+                threads.shutdown(wait=False, cancel_futures=True)
+                for child in children:
+                    child.terminate()
+        if failed:
+            raise InputError(f"{len(failed)} of {len(todo)} runs failed; the same command tries again: {failed[0]}")
+
+
+def in_process(args, spec, children):
+    """A run in a process of its own, so that its memory is its own -> a line about it."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=tell_run, args=(sender, args, spec))
+    child.start()
+    children.append(child)
+    sender.close()
+    try:
+        line = receiver.recv()
+    except EOFError:
+        line = f"failed: {spec['name']}: its process ended (killed for want of memory? Fewer --jobs)"
+    child.join()
+    return line
+
+
+def tell_run(sender, args, spec):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+    try:
+        sender.send(run_one(args, spec))
+    except InputError as e:
+        sender.send(f"failed: {spec['name']}: {e}")
 
 
 def make_plan(args):
@@ -578,7 +611,7 @@ def main():
     add("--log-every", type=int, default=50, help="steps between points of a curve (default: %(default)s)")
     add("--jobs", type=int, default=2, help="runs at a time, one CPU thread each (default: %(default)s)")
     add("--device", default="auto", help="cpu, cuda, mps or auto")
-    add("--dtype", default="auto", help="of the training computation; answers are scored in float32")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of training; scores are in float32")
     args = parser.parse_args()
     for name in ("steps", "batch_rows", "pretrain_steps", "rows", "questions", "log_every", "jobs"):
         if getattr(args, name) < 1:

@@ -110,9 +110,16 @@ def percent(found, sign=False):
     return f"{mean:{'+' if sign else ''}.1f}" + ("" if np.isnan(low) else f" [{low:.1f}, {high:.1f}]")
 
 
-def by_seed(differences):
-    """float[seeds, questions] or None -> each seed's mean, in points"""
-    return "" if differences is None else " / ".join(f"{100 * x:+.1f}" for x in differences.mean(1))
+def by_seed(values, sign="+"):
+    """float[seeds, questions] or None -> each seed's mean in %, or in points"""
+    return "" if values is None else " / ".join(f"{100 * x:{sign}.1f}" for x in values.mean(1))
+
+
+def groups(answers):
+    """{what a question takes, and of what: bool[questions]}"""
+    found = {(need, seen): np.isin(answers.kinds, kinds) & np.isin(answers.splits, splits)
+             for need, kinds in NEEDS.items() for seen, splits in SEEN.items()}  # fmt: skip
+    return {group: where for group, where in found.items() if where.any()}
 
 
 def titles(answers, regime, names):
@@ -142,13 +149,31 @@ def needs_table(answers, regime):
     names, rows = [v for v in VARIANTS if (regime, v) in answers.runs and v != "none"], []
     if (regime, "none") not in answers.runs:
         return []
-    for need, kinds in NEEDS.items():
-        for seen, splits in SEEN.items():
-            where = np.isin(answers.kinds, kinds) & np.isin(answers.splits, splits)
-            if where.any():
-                beside = (percent(answers.difference((regime, v), (regime, "none"), where), True) for v in names)
-                rows.append([need, seen, where.sum(), percent(answers.accuracy((regime, "none"), where)), *beside])
+    for group, where in groups(answers).items():
+        beside = (percent(answers.difference((regime, v), (regime, "none"), where), True) for v in names)
+        rows.append([*group, where.sum(), percent(answers.accuracy((regime, "none"), where)), *beside])
     return markdown(["a question about", "of", "questions", *titles(answers, regime, ["none", *names])], rows)
+
+
+def seeds_table(answers, regime):
+    """Accuracy of every seed, by what a question takes."""
+    rows = [[label, ", ".join(map(str, sorted(answers.runs[regime, v]))), by_seed(answers.right((regime, v)), ""),
+             *(by_seed(answers.right((regime, v))[:, where], "") for where in groups(answers).values())]
+            for v, (label, *_) in VARIANTS.items() if (regime, v) in answers.runs]  # fmt: skip
+    return markdown(["variant", "seeds", "all", *(", ".join(group) for group in groups(answers))], rows)
+
+
+def rates_table(answers, regime, results):
+    """What the higher of the two learning rates changes, in points, in the first seed, which alone has both."""
+    rows = []
+    for v, (label, *_) in VARIANTS.items():
+        both = {r["spec"]["rate"]: answers.of(r) for r in results
+                if (r["spec"]["regime"], r["spec"]["variant"], r["spec"]["seed"]) == (regime, v, SEEDS[0])}  # fmt: skip
+        if len(both) > 1:
+            more = both[max(both)] - both[min(both)]
+            rows.append([label, *(f"{100 * more[where].mean():+.1f}"
+                                  for where in (slice(None), *groups(answers).values()))])  # fmt: skip
+    return markdown(["variant", "all", *(", ".join(group) for group in groups(answers))], rows)
 
 
 def probe_table(found):
@@ -156,10 +181,10 @@ def probe_table(found):
     rows = []
     for attribute, facts in found.items():
         rows.append([attribute, "share of the variance", *(f"{100 * x:.1f}" for x in facts["between"]), ""])
-        rows += [["", f"told right, {split}", *(f"{100 * x:.1f}" for x in [*told["levels"], told["majority"]])]
+        rows += [["", f"correct, {split}", *(f"{100 * x:.1f}" for x in [*told["levels"], told["majority"]])]
                  for split, told in facts["right"].items()]  # fmt: skip
     levels = range(len(next(iter(found.values()))["between"])) if found else ()
-    return markdown(["attribute", "%", *(f"level {k}" for k in levels), "majority"], rows)
+    return markdown(["attribute", "in %", *(f"level {k}" for k in levels), "majority"], rows)
 
 
 def kinds_table(answers, regime, split):
@@ -177,10 +202,10 @@ def claims_table(answers, regime):
         if found := answers.difference((regime, first), (regime, second)):
             seeds = len(answers.paired((regime, first), (regime, second)))
             clear = found[1] > 0 or found[2] < 0
-            verdict = ("holds" if found[0] * sign > 0 else "the opposite") if clear else "not to be told"
+            verdict = ("holds" if found[0] * sign > 0 else "the opposite") if clear else "undecided"
             rows.append([claim, f"{VARIANTS[first][0]} minus {VARIANTS[second][0]}", percent(found, True), seeds,
                          verdict if seeds >= 3 else "too few seeds"])  # fmt: skip
-    return markdown(["claim", "difference", "points", "seeds", "here"], rows)
+    return markdown(["claim", "difference", "points", "seeds", "verdict here"], rows)
 
 
 def gates_table(answers, regime):
@@ -193,7 +218,7 @@ def gates_table(answers, regime):
             seeds = " / ".join(f"{np.mean(r['gates'][l]['mean']):.2f}" for r in runs)
             rows.append([VARIANTS[variant][0], l, *cells, seeds, f"{np.mean([r['size'][int(l)] for r in runs]):.1f}"])
     return markdown(["variant", "decoder layer", "mean W, level by level", "its spread over questions",
-                     "share below 0.01 or above 0.99", "mean W of each seed", "mean norm of h"], rows)  # fmt: skip
+                     "share below 0.01 or above 0.99", "mean W of each seed, in order", "mean norm of h"], rows)
 
 
 def interventions_of(answers, variant):
@@ -302,12 +327,10 @@ def sentences(answers):
             return f"{percent(found, True)} points (seeds: {len(answers.paired(('tuned', a), ('tuned', b)))})"
         return "not run yet"
 
-    seeds = "; ".join(f"{VARIANTS[v][0]} " + ", ".join(f"{100 * x:.1f}" for x in answers.right(("tuned", v)).mean(1))
-                      for v in ("sli", "amp", "cli", "cli_norm") if ("tuned", v) in answers.runs)  # fmt: skip
     return (f"{interim}CLI minus the one-to-one model: {said('cli', 'none')}; minus one that trained for CLI's time: "
             f"{said('cli', 'none_long')}. The gate (CLI minus W = 1): {said('cli', 'amp')}; the levels (CLI minus CLI "
             f"whose levels are all the final one): {said('cli', 'cli_final')}. Against SLI: {said('cli', 'sli')}, and "
-            f"DeepStack minus one-to-one: {said('deepstack', 'none')}. Accuracy of every seed: {seeds}.")
+            f"DeepStack minus one-to-one: {said('deepstack', 'none')}.")
 
 
 def report(args):
@@ -338,6 +361,9 @@ def report(args):
                   "Points of accuracy against one-to-one, by what a question is about (in brackets the seeds; every "
                   "difference is one of equal seeds):", "",
                   *shown(needs_table(answers, regime)),
+                  "Accuracy in % of every seed:", "", *shown(seeds_table(answers, regime)),
+                  f"What the higher of the two learning rates changes, in points (seed {SEEDS[0]}, one run each):", "",
+                  *shown(rates_table(answers, regime, results)),
                   "Accuracy in % by kind of question, means over a variant's own seeds (in brackets: how many; columns "
                   "of unequal seeds do not compare):", ""]  # fmt: skip
         for table in filter(None, (kinds_table(answers, regime, split) for split in answers.questions)):
@@ -361,6 +387,8 @@ def main():
     args = parser.parse_args()
     for name in ("results", "page", "readme"):
         setattr(args, name, getattr(args, name).absolute())
+    if not args.results.is_dir():
+        raise cli.InputError(f"--results {args.results}: no such folder")
     report(args)
 
 

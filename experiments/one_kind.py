@@ -62,28 +62,26 @@ def score(model, kind, data, splits):
     return scores
 
 
-def run(kind, args, among):
-    """Train and score one kind -> what its file holds."""
-    # a scene takes as long as three single things
-    steps, work = args.steps or (400 if kind in SINGLE else 200), args.work / kind
+def run(kind, steps, together, args):
+    """Train and score one kind -> what its file holds; together: {split: counts} of the model of all kinds."""
+    work = args.work / kind
     make_rows(kind, steps * ROWS, work / "data", args.nano / "pretrain")
     cfg = train.TrainConfig(**{**TUNE, "init_from": str(args.nano / "pretrain"), "data": str(work / "data"),
                                "out": str(work / "model"), "steps": steps})  # fmt: skip
     train.train(cfg)
     seconds = cli.read_json(Path(cfg.out) / "train.json")["seconds"]
     model = CLI.from_pretrained(cfg.out, dtype="float32", quiet=True)
-    splits = [split for split, kinds in among.items() if kind in kinds]
     return {"kind": kind, "steps": steps, "rows": steps * ROWS, "commit": train.commit(), "seconds": seconds,
-            "scores": score(model, kind, args.data, splits)}  # fmt: skip
+            "scores": score(model, kind, args.data, together), "together": together}  # fmt: skip
 
 
-def table(results, among):
+def table(results):
     """Lines of Markdown: every kind and split, in % right, and of how many questions a kind was learned."""
     weights, lines = {kind: weight for kind, (weight, *_) in QUESTIONS.items()}, []
     for kind in (kind for kind in QUESTIONS if kind in results):
         together = TUNE["steps"] * ROWS * weights[kind] / sum(weights.values())
         for split, counts in results[kind]["scores"].items():
-            known = among[split][kind]
+            known = results[kind]["together"][split]
             lines.append([kind, split, f"{together:,.0f}", f"{results[kind]['rows']:,}",
                           *(f"{x:.0f}" for x in (percent(known, "blind", "majority"), percent(known, "model"),
                                                  percent(counts, "model")))])  # fmt: skip
@@ -107,12 +105,13 @@ def main():
         raise InputError(f"{args.nano / 'tune/eval.json'} has no blind twin: give train.py --evaluate a --blind_model")
     args.results.mkdir(parents=True, exist_ok=True)
     for kind in args.kinds or failing(among):
-        path = args.results / f"{kind}.json"
-        if path.exists():
-            print(f"{path}: there already")
-        else:
-            cli.write_text(path, json.dumps(run(kind, args, among), indent=1) + "\n")
-    lines = table({path.stem: cli.read_json(path) for path in args.results.glob("*.json")}, among)
+        path, steps = args.results / f"{kind}.json", args.steps or (400 if kind in SINGLE else 200)  # a scene is slower
+        together = {split: kinds[kind] for split, kinds in among.items() if kind in kinds}
+        if not path.exists():
+            cli.write_text(path, json.dumps(run(kind, steps, together, args), indent=1) + "\n")
+        elif (found := cli.read_json(path)).get("together") != together or found["steps"] != steps:
+            raise InputError(f"{path} is of another model or other steps: give another --results")
+    lines = table({path.stem: cli.read_json(path) for path in args.results.glob("*.json")})
     print("\n".join(lines))
     if args.readme:
         train.put_between_marks(args.readme, {"one kind": lines})
