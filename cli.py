@@ -36,6 +36,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import re
 import sys
 import warnings
@@ -279,12 +280,14 @@ def fusion_preset(name, depth, levels, decoder_layers=None, vision_levels=None, 
     """
     if name not in PRESETS:
         raise InputError(f"unknown fusion preset {name!r}: expected one of {', '.join(PRESETS)}")
+    if name == "none":
+        return FusionConfig()
     pairing, projector, gate = PRESETS[name]
     ls = parse_layers(f"RANGE-1-{depth}-4" if decoder_layers is None else decoder_layers)
     ks = parse_layers(f"RANGE-1-{levels}-2" if vision_levels is None else vision_levels)
-    if name != "none" and not (ls and ks):
+    if not (ls and ks):
         raise InputError(f"fusion {name}: decoder layers {ls} <- vision levels {ks}: neither may be empty")
-    routes = {"none": [], "all": [(l, ks) for l in ls], "final": [(l, (levels,)) for l in range(len(ls))],
+    routes = {"all": [(l, ks) for l in ls], "final": [(l, (levels,)) for l in range(len(ls))],
               "each": [(l, (k,)) for l, k in enumerate(ks[: len(ls)])]}[pairing]
     return build(FusionConfig, {"routes": routes, "projector": projector, "gate": gate, **fields})
 
@@ -306,24 +309,14 @@ def rotate(x, cos, sin):  # (T, H, hd) -> (T, H, hd); "rotate half": channel i t
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
-def flash(q):
-    """Whether PyTorch's flash attention takes q: not before Ampere, and not in builds without it (on Windows)."""
-    half, built = q.dtype in (torch.float16, torch.bfloat16), torch.backends.cuda.is_flash_attention_available()
-    return q.is_cuda and half and built and torch.cuda.get_device_capability(q.device)[0] >= 8
-
-
 def attention(q, k, v, causal=False):
     """softmax(q k^T / sqrt(hd)) v: q (B, H, T, hd), k and v (B, K, T, hd) -> (B, H, T, hd)."""
     T = q.shape[2]
     blocks_pay = T <= 1024 if torch.is_grad_enabled() else q.dtype == torch.bfloat16
     if q.device.type != "cpu" or not blocks_pay or q.dtype == torch.bfloat16 and not CPU_BFLOAT16:
-        mask = None
-        if causal and q.device.type == "mps":  # is_causal leaks in float16 before PyTorch 2.13 (its issue 195910)
-            mask, causal = torch.ones(T, T, dtype=torch.bool, device=q.device).tril(), False
-        grouped = q.shape[1] != k.shape[1]
-        if grouped and q.is_cuda and not flash(q):  # the only kernel for that would make all T x T scores
+        if q.shape[1] != k.shape[1]:  # for enable_gqa CUDA has one kernel without flash, which makes all T x T scores
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     # On a CPU spelled out, 128 queries at a time, whose scores stay in the processor's cache: where that was measured,
     # the fused kernel's forward pass in bfloat16 took twice as long, its backward pass in float32 up to seven times.
     q, k, v, blocks = q / math.sqrt(q.shape[-1]), k.contiguous(), v.contiguous(), []
@@ -357,7 +350,9 @@ def by_sequence(x, seqlens):
 def attend(q, k, v, seqlens):
     """Causal attention, every sequence of the flat stream alone: q (T, H, hd), k and v (T, K, hd) -> (T, H, hd).
     seqlens: how many tokens each has."""
-    if flash(q) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256:
+    half, built = q.dtype in (torch.float16, torch.bfloat16), torch.backends.cuda.is_flash_attention_available()
+    flash = q.is_cuda and half and built and torch.cuda.get_device_capability(q.device)[0] >= 8  # built: not on Windows
+    if flash and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256:
         ends = put([0, *itertools.accumulate(seqlens)], q.device, torch.int32)
         if flash_attn_varlen_func:
             return flash_attn_varlen_func(q, k, v, ends, ends, max(seqlens), max(seqlens), causal=True)
@@ -522,6 +517,11 @@ def visual_tokens(picture, config):
     return config.vision.side**2 + h * (w + config.newline)
 
 
+def stream_length(ids, pictures, config):
+    """Positions that a prompt takes in the stream, where its placeholders are its pictures' visual tokens."""
+    return len(ids) + sum(visual_tokens(p, config) - 1 for p in pictures)
+
+
 def pack_picture(x, newline, picture, config):
     """One picture's crop tokens x (n, P, C) and a newline vector (C,) -> its visual tokens (N, C): the whole picture,
     then the tiles as one map without its padding, shrunk bilinearly if need be, a newline behind every row."""
@@ -599,29 +599,16 @@ class AMP(nn.ModuleDict):
         elif cfg.projector != "shared":
             self.update({str(k): lora() if cfg.projector == "lora" else make_projector(Dv, D) for k in cfg.levels})
 
-    def adapter(self, l, j, k):
-        return self[str(l)][j] if self.cfg.lora_per == "pair" else self[str(k)]
-
-    def low_rank(self, taps, stream):
-        """{adapter: alpha/r pack(A V_k) (T, r)}, taps[k] being V_k: all layers' adapters of a level in one product.
+    def forward(self, taps, projected, stream, l, j, k):
+        """V_hat_k (T, D) for the j-th level, k, of decoder layer l: taps[k] is V_k, projected[k] is pack(MLP(V_k)).
 
         Packing is linear and goes before B: pack(B A V) = B pack(A V), with r channels instead of D.
         """
-        low, scale = {}, self.cfg.lora_alpha / self.cfg.lora_rank
-        for k in self.cfg.levels if self.cfg.projector == "lora" else ():
-            takers = [(l, j) for l, ks in self.cfg.routes for j, level in enumerate(ks) if level == k]
-            adapters = list(dict.fromkeys(self.adapter(l, j, k) for l, j in takers))
-            A = torch.cat([adapter.A.weight for adapter in adapters])  # (adapters * r, Dv)
-            packed = scale * stream.pack(F.linear(taps[k], A))
-            low |= zip(adapters, packed.split(self.cfg.lora_rank, -1))
-        return low
-
-    def forward(self, projected, low, l, j, k):
-        """V_hat_k (T, D) for the j-th level, k, of decoder layer l: projected[k] is pack(MLP(V_k)), low: low_rank()."""
         if self.cfg.projector != "lora":
             return projected[k]
-        adapter = self.adapter(l, j, k)
-        return projected[k] + adapter.B(low[adapter])
+        adapter = self[str(l)][j] if self.cfg.lora_per == "pair" else self[str(k)]
+        scale = self.cfg.lora_alpha / self.cfg.lora_rank
+        return projected[k] + adapter.B(scale * stream.pack(adapter.A(taps[k])))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -770,7 +757,7 @@ class CLI(nn.Module):
         for k in fusion.levels:
             mlp = self.amp[str(k)] if full else self.projector
             projected[k] = base if k == final and not full else stream.pack(mlp(taps[k]), self.image_newline)
-        return base, functools.partial(self.amp, projected, self.amp.low_rank(taps, stream))
+        return base, functools.partial(self.amp, taps, projected, stream)
 
     def inject(self, l, levels, v_hat, stream, gates, h):
         """Let the levels of decoder layer l's route into h (T, D), in turn; their weights W go to gates[l]."""
@@ -866,8 +853,7 @@ class CLI(nn.Module):
                 raise InputError(f"prompt {n}: {len(own)} pictures for {places} image placeholders")
             if wrong := [int(i) for i in prompt if i != IMAGE_TOKEN and not 0 <= i < vocab]:
                 raise InputError(f"prompt {n}: id {wrong[0]}, but the model has {vocab} words: another's tokenizer?")
-        room = max_new_tokens + max(n + sum(visual_tokens(p, self.config) for p in ps)
-                                    for n, ps in zip(seqlens, images))
+        room = max_new_tokens + max(stream_length(p, ps, self.config) for p, ps in zip(prompts, images))
         cache = cache or KVCache(self.config.decoder, len(prompts), 0, self.device, self.dtype)
         cache.reserve(min(max(cache.lengths) + room, self.config.decoder.max_position_embeddings))
         tokens = torch.cat([torch.as_tensor(p, device=self.device, dtype=torch.long) for p in prompts])
@@ -917,12 +903,13 @@ class CLI(nn.Module):
         return self
 
     @staticmethod
-    def from_pretrained(source, *, vision=None, fusion=None, device="cpu", dtype=None, key_map=None, quiet=False,
-                        seed=0):
+    def from_pretrained(source, *, vision=None, fusion=None, fusion_fields=None, device="cpu", dtype=None, key_map=None,
+                        quiet=False, seed=0):
         """Read a model from a folder or hub id, in any layout read_layout knows -> CLI in eval mode.
 
         vision: folder or hub id of a separate encoder (bare SigLIP or CLIP; default: what config.json names).
-        fusion: a preset's name or a FusionConfig for a checkpoint without CLI's own tensors: these start fresh (seed).
+        fusion: a preset's name, fusion_fields what fusion_preset takes beside it, or a FusionConfig: for a checkpoint
+        without CLI's own tensors, which start fresh (seed).
         dtype: None keeps what is stored. key_map: JSON file or dict with "patterns": [[regex, replacement], ...] for
         names we do not know, and optionally "decoder_layers", "vision_levels", "lora_alpha" (see README).
         Raises InputError, for weights that do not fit with every missing, unexpected and misshapen key at once.
@@ -945,14 +932,16 @@ class CLI(nn.Module):
             raise
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, re.error) as e:
             raise InputError(f"{source}: malformed config.json or key map: {type(e).__name__}: {e}") from e
-        fusion = FusionConfig() if fusion == "none" else fusion
+        if isinstance(fusion, str):
+            if fusion != "none" and not config.vision:
+                raise InputError(f"{source} has no vision encoder, which a fusion needs")
+            depth, levels = config.decoder.num_hidden_layers, config.vision.num_hidden_layers if config.vision else 0
+            # where gates are trained already, what they once started at tells nothing apart
+            bias = config.fusion.gate_bias_init if config.fusion.routes else NEARLY_SHUT
+            fusion = fusion_preset(fusion, depth, levels, **{"gate_bias_init": bias, **(fusion_fields or {})})
         if fusion not in (None, config.fusion):
-            if config.fusion.routes or not config.vision:
-                raise InputError(f"{source}: cannot take the fusion that was asked for: it has "
-                                 + ("one of its own" if config.vision else "no vision encoder"))
-            if isinstance(fusion, str):
-                fusion = fusion_preset(fusion, config.decoder.num_hidden_layers, config.vision.num_hidden_layers,
-                                       gate_bias_init=NEARLY_SHUT)
+            if config.fusion.routes:
+                raise InputError(f"{source}: cannot take the fusion that was asked for: it has one of its own")
             config = dataclasses.replace(config, fusion=fusion)
         with torch.device("meta"):
             model = CLI(config).eval()
@@ -1257,22 +1246,18 @@ def read_weights(folder):
     found = next((folder / name for name in names if (folder / name).exists()), None)
     if not found:
         raise InputError(f"{folder}: no model.safetensors, no pytorch_model.bin and no index of either")
-    paths = [found]
-    if found.suffix == ".json":
-        weight_map = read_json(found).get("weight_map")
-        if not (weight_map and isinstance(weight_map, dict)):
-            raise InputError(f"{found}: no weight_map of names to files")
-        paths = sorted({folder / str(file) for file in weight_map.values()})
-    tensors = {}
-    for path in paths:
-        try:
+    tensors, path = {}, found
+    try:
+        index = found.suffix == ".json"
+        for path in sorted({folder / file for file in read_json(found)["weight_map"].values()}) if index else [found]:
             tensors |= (load_file(path) if path.suffix == ".safetensors"
                         else torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)))
-        except Exception as e:  # safetensors, pickle and zip each have errors of their own
-            raise InputError(f"{path}: missing, damaged or not a weights file: {first_line(e)}") from e
-    for name, tensor in tensors.items():
-        if not (isinstance(name, str) and isinstance(tensor, torch.Tensor)):
-            raise InputError(f"{paths[0]}: {name!r} is not a tensor" + "'s name" * (not isinstance(name, str)))
+    except pickle.UnpicklingError as e:  # PyTorch's message tells how to load it all the same
+        raise InputError(f"{path}: damaged, or it holds something other than tensors") from e
+    except Exception as e:  # safetensors and zip have errors of their own
+        raise InputError(f"{path}: missing, damaged or not a weights file: {first_line(e)}") from e
+    if odd := [k for k, v in tensors.items() if not (isinstance(k, str) and isinstance(v, torch.Tensor))]:
+        raise InputError(f"{path}: {odd[0]!r} is not the name of a tensor")
     return tensors
 
 
@@ -1281,10 +1266,11 @@ def write_whole(path, write):
     target = Path(os.path.realpath(path))
     temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         write(temporary)
-        os.umask(mask := os.umask(0))
         with contextlib.suppress(OSError):
-            temporary.chmod(0o666 & ~mask)  # save_file would have it read by nobody else
+            temporary.chmod(mode)  # save_file would have it read by nobody else
         os.replace(temporary, target)
     except (OSError, RuntimeError, SafetensorError) as e:  # a full disk: torch.save and save_file raise the latter two
         hint = "" if isinstance(e, OSError) else " (is the disk full?)"
@@ -1390,7 +1376,9 @@ class Tokenizer:
 
     def __init__(self, text):
         spec = json.loads(text)
-        for token in spec.get("added_tokens", []):
+        added = spec.get("added_tokens", [])
+        self.special = {token["id"] for token in added if token.get("special")}  # left out of what a model says
+        for token in added:
             token["special"] = True  # else "<image>" or a tool mark in a user's text would be one token
         self.json, self.backend = text, tokenizers.Tokenizer.from_str(json.dumps(spec))
         self.backend.encode_special_tokens = True
@@ -1418,7 +1406,8 @@ class Tokenizer:
 
     def decode(self, ids):
         """Ids (None: nothing) -> str, special tokens left out."""
-        return self.backend.decode([i for i in ids if i is not None], skip_special_tokens=True)
+        ids = [i for i in ids if i is not None and i not in self.special]
+        return self.backend.decode(ids, skip_special_tokens=False)
 
     def id(self, token):
         """Id of a special token. Raises InputError if the tokenizer has none of that name."""

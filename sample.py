@@ -118,16 +118,11 @@ def draw_gates(pages, path):
     say(f"heat map written to {path}")
 
 
-def stream_length(model, ids, pictures):
-    """Tokens of a prompt, pictures included."""
-    return len(ids) + sum(cli.visual_tokens(p, model.config) - 1 for p in pictures)
-
-
 def prepare(model, paths, prompt):
     """-> (ids, pictures) of one question. Raises InputError, also where it is longer than the model's context."""
     pictures = [prepare_image(path, model.config, len(paths) > 1) for path in paths]
     ids, _ = encode_chat(model.tokenizer, model.config.template, [("user", user_content(prompt, len(pictures)))])
-    length = stream_length(model, ids, pictures)
+    length = cli.stream_length(ids, pictures, model.config)
     if length > model.config.decoder.max_position_embeddings:
         raise InputError(f"a prompt of {length} tokens (pictures included) for a context of "
                          f"{model.config.decoder.max_position_embeddings}")
@@ -180,7 +175,7 @@ def chat(model, args):
         turn, start = ("user", user_content(text, len(images))), time.time()
         try:
             prompt = (left or []) + encode_chat(model.tokenizer, model.config.template, [turn], start=left is None)[0]
-            fed = cache.lengths[0] + stream_length(model, prompt, images)
+            fed = cache.lengths[0] + cli.stream_length(prompt, images, model.config)
             _, ids, facts = answer(model, prompt, images, args, start, cache, number=turns)
         except InputError as e:  # longer than what is left of the context: the conversation stays as it was
             say(f"error: {e}")

@@ -10,8 +10,8 @@
 A setting on the command line holds for every stage; a fusion, and field by field its fields, for those that have one.
 The defaults below are those of --config: the recipes (RECIPES in this file) set many otherwise.
 A run that was killed goes on from its last checkpoint when the same command is given again: on a CPU with the same
-losses to the last bit. Its folder: settings.json, state.pt (weights, optimiser, position) and log.jsonl, in the end
-the model, log.jsonl and train.json, which has the settings too.
+losses to the last bit. Its folder: train.json (the settings; in the end the loss too), log.jsonl, and state.pt
+(weights, optimiser, position), in whose place the model comes in the end.
 """
 
 import argparse
@@ -48,7 +48,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
@@ -56,7 +56,8 @@ import cli
 from assets.emoji.scenes import open_picture
 from cli import CLI, IGNORE, IMAGE_TOKEN, Config, DecoderConfig, InputError, VisionConfig
 
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "4090": 165e12, "3090": 71e12, "L4": 121e12}  # dense bf16
+PEAK_FLOPS = {"NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H100 80GB HBM3": 989e12,
+              "NVIDIA H200": 989e12, "NVIDIA GeForce RTX 4090": 165e12, "NVIDIA GeForce RTX 3090": 71e12}  # dense bf16
 NANO = {  # the bundled model's sizes: 64-pixel crops of 4 x 4 patches
     "vision": {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 4,
                "image_size": 64, "patch_size": 16},
@@ -273,17 +274,12 @@ def rows_of_step(step, usable, cfg):
 def build_model(cfg, manifest):
     """A fresh or a pre-trained model, float32, with the data's tokenizer."""
     if cfg.init_from:
-        load = functools.partial(CLI.from_pretrained, cfg.init_from, vision=cfg.vision or None, seed=cfg.seed)
-        base = load(quiet=True).config  # weights are memory-mapped: this reads next to nothing
-        if not base.vision:
+        fusion = None if cfg.fusion == "none" else cfg.fusion  # None: what the base has
+        model = CLI.from_pretrained(cfg.init_from, vision=cfg.vision or None, fusion=fusion, dtype="float32",
+                                    fusion_fields=cfg.fusion_fields, seed=cfg.seed,
+                                    quiet=dist.is_initialized() and dist.get_rank() > 0)
+        if not model.vision:
             raise InputError(f"{cfg.init_from} has no vision encoder: name one with --vision")
-        fusion = None  # what the base has
-        if cfg.fusion != "none":
-            # where gates are trained already, what they once started at tells nothing apart
-            bias = base.fusion.gate_bias_init if base.fusion.routes else cli.NEARLY_SHUT
-            depth, levels = base.decoder.num_hidden_layers, base.vision.num_hidden_layers
-            fusion = make_fusion(cfg, depth, levels, gate_bias_init=bias)
-        model = load(fusion=fusion, dtype="float32", quiet=dist.is_initialized() and dist.get_rank() > 0)
         check_tokenizer(model, cfg.init_from, cfg.data, manifest)
         if model.config.template != manifest["template"]:  # it learns the one of the data, and where that ends answers
             end = model.tokenizer.id(cli.TEMPLATES[manifest["template"]][3])
@@ -304,10 +300,10 @@ def build_model(cfg, manifest):
     return model
 
 
-def make_fusion(cfg, depth, levels, **defaults):
-    """-> FusionConfig of the settings; defaults: fields where these are silent. Raises InputError."""
+def make_fusion(cfg, depth, levels):
+    """-> FusionConfig of the settings. Raises InputError."""
     try:
-        return cli.fusion_preset(cfg.fusion, depth, levels, **{**defaults, **cfg.fusion_fields})
+        return cli.fusion_preset(cfg.fusion, depth, levels, **cfg.fusion_fields)
     except (TypeError, ValueError) as e:
         raise InputError(f"settings fusion and fusion_fields: {e}") from e
 
@@ -339,8 +335,6 @@ def shard(model, cfg, device, world):
     if world == 1 or cfg.batch_rows % world or cfg.muon or cfg.objective == "contrast" or not cfg.lr_decoder:
         raise InputError("--shard needs several ranks (torchrun), a --batch_rows that they share evenly, --lr_decoder "
                          "above 0, no --muon and --objective answers")
-    if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
-        raise InputError(f"--shard needs a newer PyTorch than {torch.__version__}: pip install -r requirements.txt")
     mesh = init_device_mesh(device.type, (world,))
     for module in (*model.decoder.layers, model):
         fully_shard(module, mesh=mesh)
@@ -391,24 +385,20 @@ def make_optimizers(model, cfg):
     """-> [AdamW, and with cfg.muon Muon too]. A learning rate per part; a part whose rate is 0 is frozen. Decay on
     matrices only. Muon takes the matrices of the blocks: a small encoder that starts from nothing learns much faster
     with it."""
-    groups, matrices = {}, {}
+    groups = {}  # (for Muon?, learning rate, decay, share of the steps to wait): parameters
     for name, p in model.named_parameters():
-        rate, gate = getattr(cfg, part_of_parameter(name)), name.startswith("agf.")
+        rate, muon = getattr(cfg, part_of_parameter(name)), cfg.muon > 0 and ".layers." in name and p.ndim == 2
         p.requires_grad_(rate > 0)
-        if rate > 0 and cfg.muon and ".layers." in name and p.ndim == 2:
-            matrices.setdefault((cfg.muon * rate, cfg.weight_decay, False), []).append(p)
-        elif rate > 0:
-            groups.setdefault((rate, cfg.weight_decay * (p.ndim > 1), gate), []).append(p)
+        if rate > 0:
+            wait, decay = cfg.gate_start * name.startswith("agf."), cfg.weight_decay * (p.ndim > 1)
+            groups.setdefault((muon, rate * (cfg.muon if muon else 1), decay, wait), []).append(p)
     if not groups:
         raise InputError("every learning rate is 0: nothing to train")
-
-    def described(groups):
-        return [{"params": ps, "lr": rate, "peak": rate, "weight_decay": decay, "start": cfg.gate_start * gate}
-                for (rate, decay, gate), ps in groups.items()]
-
+    adamw, muon = ([{"params": ps, "lr": rate, "peak": rate, "weight_decay": decay, "start": wait}
+                    for (own, rate, decay, wait), ps in groups.items() if own == of_muon] for of_muon in (False, True))
     dtype, _ = training_dtype(cfg.dtype, model.device)
-    return [torch.optim.AdamW(described(groups), betas=(0.9, cfg.beta2), fused=model.device.type == "cuda"),
-            *([Muon(described(matrices), dtype)] if matrices else [])]
+    return [torch.optim.AdamW(adamw, betas=(0.9, cfg.beta2), fused=model.device.type == "cuda"),
+            *([Muon(muon, dtype)] if muon else [])]
 
 
 def schedule(step, steps, warmup):
@@ -455,7 +445,7 @@ def backward(model, batches, total, autocast, objective="answers"):
         if loss.requires_grad:  # not where only parts are trained that texts without a picture do not reach
             (loss / total).backward()
         loss_sum += loss.item()
-        fed += len(batch["tokens"]) + sum(cli.visual_tokens(p, model.config) - 1 for p in batch["pictures"])
+        fed += cli.stream_length(batch["tokens"], batch["pictures"], model.config)
         seen = torch.stack([(t == IMAGE_TOKEN).any() for t in batch["tokens"].split(batch["seqlens"])])
         for l, w in new.items():  # W of a row without a picture says nothing
             gates.setdefault(l, []).append(w[seen])
@@ -521,21 +511,20 @@ FREE = ("out", "device", "save_minutes", "eval_every")  # settings that may diff
 
 
 def earlier_run(out, settings):
-    """What a run of the same settings left in its folder -> (facts of a finished one, checkpoint), {} for none."""
+    """What a run of the same settings left in its folder -> (its train.json, its checkpoint), {} for none."""
     facts, state = cli.read_json(out / "train.json", {}), {}
-    try:
-        if not facts and (out / "state.pt").exists():
-            mapped = os.name != "nt"  # where a mapped file cannot be replaced by the next checkpoint
-            state = torch.load(out / "state.pt", map_location="cpu", weights_only=True, mmap=mapped)
-        before = (facts or state or {"config": {}})["config"]
-    except Exception as e:  # pickle and zip each have errors of their own
-        raise InputError(f"{out}: its checkpoint is damaged, delete it: {cli.first_line(e)}") from e
-    free = (*FREE, "data")  # of the data the hash is compared, wherever they lie
-    if wrong := [f"{k}={v!r}" for k, v in before.items() if k not in free and v != settings.get(k)]:
-        raise InputError(f"{out} holds a run with other settings, {', '.join(wrong)}: give another --out, or delete it")
-    ours = facts or state or (out / "settings.json").exists()
-    if not ours and any((out / name).exists() for name in ("config.json", "model.safetensors")):
+    model = ("train.json", "config.json", "model.safetensors")
+    if "config" not in facts and any((out / name).exists() for name in model):
         raise InputError(f"{out} holds a model that is no run's of train.py: give another --out")
+    free = (*FREE, "data")  # of the data the hash is compared, wherever they lie
+    wrong = [f"{k}={v!r}" for k, v in facts.get("config", {}).items() if k not in free and v != settings.get(k)]
+    if wrong and ("loss" in facts or (out / "state.pt").exists()):  # else nothing would be lost
+        raise InputError(f"{out} holds a run with other settings, {', '.join(wrong)}: give another --out, or delete it")
+    if "loss" not in facts and (out / "state.pt").exists():  # else it is finished
+        try:
+            state = torch.load(out / "state.pt", map_location="cpu", weights_only=True, mmap=True)
+        except Exception as e:  # pickle and zip each have errors of their own
+            raise InputError(f"{out}: its checkpoint is damaged, delete it: {cli.first_line(e)}") from e
     return facts, state
 
 
@@ -548,9 +537,9 @@ def train(cfg):
     if cfg.init_from and (earlier := cli.read_json(Path(cfg.init_from) / "train.json", {})):  # trained here, and how
         before = earlier.get("config", earlier)  # the bundled model's file tells of several stages
         settings["init_sha256"] = sha256(json.dumps({k: v for k, v in before.items() if k not in FREE}))
-    finished, state = earlier_run(out, settings)
-    if finished:
-        return say(f"{out}: finished before, loss {finished['loss']:.4f}")
+    facts, state = earlier_run(out, settings)
+    if "loss" in facts:
+        return say(f"{out}: finished before, loss {facts['loss']:.4f}")
     device, why = cli.pick_device(cfg.device)
     if dist.is_initialized() and device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -598,22 +587,21 @@ def train(cfg):
             path.unlink()
         facts = {"config": settings, "commit": commit(), "torch": torch.__version__, "device": str(device),
                  "steps": steps, "dtype": str(dtype)[6:]}  # fmt: skip
-        cli.write_text(out / "settings.json", json.dumps(facts, indent=1) + "\n")
+        cli.write_text(out / "train.json", json.dumps(facts, indent=1) + "\n")
         log = out / "log.jsonl"
         lines = log.read_text().splitlines(keepends=True) if log.exists() else []
         cli.write_text(log, "".join(lines[:start]))  # later steps are run again
         log = open(log, "a")
     matrix_flops = 6 * sum(p.numel() for n, p in model.named_parameters() if p.ndim > 1 and "embed_tokens" not in n)
-    gpu = {*re.split(r"[\s-]", torch.cuda.get_device_name())} if device.type == "cuda" else set()
-    known = dtype == torch.bfloat16 and not gpu & {"PCIe", "NVL", "Laptop"}  # slower chips of the same names
-    peak = next((flops for name, flops in PEAK_FLOPS.items() if known and name in gpu), 0)
+    gpu = torch.cuda.get_device_name() if device.type == "cuda" and dtype == torch.bfloat16 else None
+    peak = PEAK_FLOPS.get(gpu, 0)
 
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)  # put together from all ranks, for rank 0
 
     def save(step):
         weights, moments = get_state_dict(model, optimizers, options=whole)
         if rank == 0:
-            state = {"config": settings, "step": step, "seconds": seconds, "model": weights, "optimizers": moments}
+            state = {"step": step, "seconds": seconds, "model": weights, "optimizers": moments}
             cli.write_whole(out / "state.pt", lambda path: torch.save(state, path))
 
     def due():  # time for a checkpoint, by the clock of rank 0
@@ -627,7 +615,7 @@ def train(cfg):
         batches = [rows.batch(batch) for batch in share_of_step(rows, order, rank, world, cfg)]
         return batches, len(order) if cfg.objective == "contrast" else sum(rows.supervised[i] for i in order)
 
-    saved, recent = time.time(), []
+    saved = time.time()
     with ThreadPoolExecutor(1) as ahead:  # the next step's pictures are prepared while this one is computed
         following = ahead.submit(load, start)
         for step in range(start + 1, steps + 1):
@@ -638,7 +626,6 @@ def train(cfg):
             loss, norm, gates, fed = take_step(model, optimizers, batches, total, step, steps, cfg, autocast)
             took = time.time() - began
             seconds += took
-            recent = [*recent[-19:], took]
             # lr is AdamW's highest, mfu the share of the GPU's peak FLOP/s
             line = {"step": step, "loss": loss, "lr": max(group["lr"] for group in optimizers[0].param_groups),
                     "norm": norm, "gates": gates, "tokens_per_s": round(fed * world / took),
@@ -649,7 +636,7 @@ def train(cfg):
             if rank == 0:
                 log.write(json.dumps(line) + "\n")
                 log.flush()
-                print(readable(line, steps, (steps - step) * sum(recent) / len(recent)), flush=True)
+                print(readable(line, steps, (steps - step) * seconds / step), flush=True)
             if step < steps and due():
                 save(step)
                 saved = time.time()
@@ -659,8 +646,7 @@ def train(cfg):
         model.save_pretrained(out, weights=weights)
         facts |= {"loss": loss, "dev_loss": line.get("dev_loss"), "seconds": round(seconds, 1)}
         cli.write_text(out / "train.json", json.dumps(facts, indent=1) + "\n")
-        for name in ("state.pt", "settings.json"):
-            (out / name).unlink(missing_ok=True)
+        (out / "state.pt").unlink(missing_ok=True)
     say(f"{out}: done in {seconds / 60:.1f} min")
 
 
