@@ -350,8 +350,9 @@ def by_sequence(x, seqlens):
 def attend(q, k, v, seqlens):
     """Causal attention, every sequence of the flat stream alone: q (T, H, hd), k and v (T, K, hd) -> (T, H, hd).
     seqlens: how many tokens each has."""
-    half, built = q.dtype in (torch.float16, torch.bfloat16), torch.backends.cuda.is_flash_attention_available()
-    flash = q.is_cuda and half and built and torch.cuda.get_device_capability(q.device)[0] >= 8  # built: not on Windows
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    kernel = flash_attn_varlen_func or torch.backends.cuda.is_flash_attention_available()  # Windows builds lack it
+    flash = q.is_cuda and half and kernel and torch.cuda.get_device_capability(q.device)[0] >= 8
     if flash and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256:
         ends = put([0, *itertools.accumulate(seqlens)], q.device, torch.int32)
         if flash_attn_varlen_func:
@@ -399,7 +400,7 @@ class KVCache:
                 mask = torch.ones(len(qb), end, dtype=torch.bool, device=q.device).tril(start).repeat(groups, 1)
                 grouped = qb.transpose(0, 1).reshape(1, k.shape[1], -1, q.shape[-1])  # (1, K, H/K T, hd), as above
                 new = F.scaled_dot_product_attention(grouped, keys[b, :, :end][None], values[b, :, :end][None], mask)
-                out.append(new.view(q.shape[1], len(qb), -1).transpose(0, 1))
+                out.append(new.reshape(q.shape[1], len(qb), -1).transpose(0, 1))
             else:
                 out.append(attend(qb, kb, vb, [len(qb)]))
         return torch.cat(out)
@@ -934,11 +935,16 @@ class CLI(nn.Module):
             raise InputError(f"{source}: malformed config.json or key map: {type(e).__name__}: {e}") from e
         if isinstance(fusion, str):
             if fusion != "none" and not config.vision:
-                raise InputError(f"{source} has no vision encoder, which a fusion needs")
+                raise InputError(f"{source} has no vision encoder, which a fusion needs: name one with vision")
             depth, levels = config.decoder.num_hidden_layers, config.vision.num_hidden_layers if config.vision else 0
             # where gates are trained already, what they once started at tells nothing apart
             bias = config.fusion.gate_bias_init if config.fusion.routes else NEARLY_SHUT
-            fusion = fusion_preset(fusion, depth, levels, **{"gate_bias_init": bias, **(fusion_fields or {})})
+            try:
+                fusion = fusion_preset(fusion, depth, levels, **{"gate_bias_init": bias, **(fusion_fields or {})})
+            except TypeError as e:
+                raise InputError(f"fusion_fields: {e}") from e
+        elif fusion_fields:
+            raise InputError("fusion_fields go with the name of a preset")
         if fusion not in (None, config.fusion):
             if config.fusion.routes:
                 raise InputError(f"{source}: cannot take the fusion that was asked for: it has one of its own")
@@ -1246,10 +1252,14 @@ def read_weights(folder):
     found = next((folder / name for name in names if (folder / name).exists()), None)
     if not found:
         raise InputError(f"{folder}: no model.safetensors, no pytorch_model.bin and no index of either")
-    tensors, path = {}, found
+    paths, tensors = [found], {}
+    if found.suffix == ".json":
+        files = read_json(found).get("weight_map")
+        if not (isinstance(files, dict) and files and all(isinstance(file, str) for file in files.values())):
+            raise InputError(f"{found}: expected a weight_map of names to files")
+        paths = sorted({folder / file for file in files.values()})
     try:
-        index = found.suffix == ".json"
-        for path in sorted({folder / file for file in read_json(found)["weight_map"].values()}) if index else [found]:
+        for path in paths:
             tensors |= (load_file(path) if path.suffix == ".safetensors"
                         else torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)))
     except pickle.UnpicklingError as e:  # PyTorch's message tells how to load it all the same
@@ -1406,8 +1416,8 @@ class Tokenizer:
 
     def decode(self, ids):
         """Ids (None: nothing) -> str, special tokens left out."""
-        ids = [i for i in ids if i is not None and i not in self.special]
-        return self.backend.decode(ids, skip_special_tokens=False)
+        ids = [int(i) for i in ids if i is not None]
+        return self.backend.decode([i for i in ids if i not in self.special], skip_special_tokens=False)
 
     def id(self, token):
         """Id of a special token. Raises InputError if the tokenizer has none of that name."""

@@ -400,7 +400,7 @@ def test_bare_decoder_logits(kind, tmp_path):
     assert closeness(model.logits(tokens, []), reference_logits(reference, tokens, [])) < 1e-4
     greedy = decode_slowly(model, tokens, [], 5)
     assert decode(model, [tokens], max_new_tokens=5) == [greedy] and len(greedy) > 2
-    fails(lambda: load(tmp_path, fusion="cli"), "no vision encoder")
+    fails(lambda: load(tmp_path, fusion="cli"), "no vision encoder", "name one")
     fails(lambda: model.logits(prompt(1), [picture(18, 18)]), "takes text only")
     raw = cli.read_json(tmp_path / "config.json") | {"model_type": "granite"}  # LLaMA's names, other arithmetic
     (tmp_path / "config.json").write_text(json.dumps(raw))
@@ -1081,7 +1081,7 @@ def test_attention_asks_a_gpu_for_the_same(kernel, monkeypatch):
         assert ends_q.tolist() == ends_k.tolist() == [0, 5, 6, 13] and longest_q == longest_k == 7
         parts = [x.float().as_subclass(torch.Tensor).split(ends_q.diff().tolist()) for x in (q, k, v)]
         heads = ([x.transpose(0, 1)[None] for x in part] for part in zip(*parts))
-        out = [F.scaled_dot_product_attention(*part, is_causal=True, enable_gqa=True) for part in heads]
+        out = [plain(*part, is_causal=True, enable_gqa=True) for part in heads]
         return torch.cat([x[0].transpose(0, 1) for x in out])
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
@@ -1094,14 +1094,17 @@ def test_attention_asks_a_gpu_for_the_same(kernel, monkeypatch):
     with torch.no_grad():
         ours = cli.attend(*(x.as_subclass(AsOnCuda) for x in (q, k, v)), seqlens)  # float32: no such kernel
     assert closeness(ours.as_subclass(torch.Tensor), expected) < 1e-5 and len(asked) == 1
-    for capability, built in (((7, 5), True), ((9, 0), False)):  # nor on so old a GPU, nor in builds without it
+    for capability, built in (((7, 5), True), ((9, 0), False)):  # nor on so old a GPU, nor in builds without one
+        packaged = kernel != "varlen_attn" and capability[0] > 7  # which brings its own
+        asked.clear()
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, answer=capability: answer)
         monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda answer=built: answer)
         groups = []  # K and V of every query's own: grouped, the kernel that is left would keep all scores
         monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, groups=groups, **options: groups.append(
             args[0].shape[1] != args[1].shape[1]) or plain(*args, **options))
         ours = cli.attend(*(x.bfloat16().as_subclass(AsOnCuda) for x in (q, k, v)), seqlens).as_subclass(torch.Tensor)
-        assert closeness(ours, expected) < 2e-2 and len(asked) == 1 and groups == [False]
+        assert closeness(ours, expected) < 2e-2
+        assert (len(asked), groups) == ((1, []) if packaged else (0, [False]))
 
 
 def test_without_a_newline_vector_there_are_no_newline_tokens():
@@ -1189,8 +1192,14 @@ def test_sampling_keeps_to_the_k_likeliest():
     assert drawn == best
 
 
-def test_chat_keeps_its_cache():
-    """A second turn fed to the kept cache decodes what the whole conversation decodes."""
+@pytest.mark.parametrize("layout", ["as on a CPU", "as on a GPU"])
+def test_chat_keeps_its_cache(layout, monkeypatch):
+    """A second turn fed to the kept cache decodes what the whole conversation decodes, also where attention returns
+    heads inside positions, as CUDA's kernel for masks does."""
+    if layout == "as on a GPU":
+        plain = F.scaled_dot_product_attention
+        monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, **options: plain(
+            *args, **options).transpose(1, 2).contiguous().transpose(1, 2))
     model = tiny(eos_token_ids=())
     tokens, images = REQUESTS[0]
     cache = cli.KVCache(model.config.decoder, 1, 8)
@@ -1332,6 +1341,7 @@ def test_tokenizer(qwen):
         assert min(ids) > 2 and tokenizer.decode(ids) == f"a{special}b"
     call = raw.token_to_id("<tool_call>")  # added, but the file does not call it special: a model may say it
     assert tokenizer.decode([end, *tokenizer.encode("cat"), call, None, end]) == "cat<tool_call>"
+    assert tokenizer.decode(torch.tensor([end, *tokenizer.encode("cat"), end])) == "cat"
 
 
 QWEN_ONE = (
@@ -1826,9 +1836,9 @@ def test_errors_of_folders(tmp_path, base):
     for text in ("{", '{"a": 1}', "[]"):
         (shutil.copytree(base, tmp_path / "words", dirs_exist_ok=True) / "tokenizer.json").write_text(text)
         fails(lambda: load(tmp_path / "words"), "tokenizer.json: not a tokenizer")
-    for index in ({}, {"weight_map": None}, {"weight_map": {"a": 3}}):
+    for index in ({}, {"weight_map": None}, {"weight_map": {}}, {"weight_map": {"a": 3}}):
         (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
-        fails(lambda: load(sharded), str(sharded))
+        fails(lambda: load(sharded), str(sharded), "expected a weight_map of names to files")
 
 
 def test_errors_of_foreign_configs(tmp_path):
@@ -1908,6 +1918,8 @@ def test_a_fusion_is_not_exchanged(tmp_path):
     assert load(tmp_path, fusion=preset("cli")).config.fusion == load(tmp_path).config.fusion == preset("cli")
     for other in ("none", "amp", preset("amp")):
         fails(lambda other=other: load(tmp_path, fusion=other), "it has one of its own")
+    fails(lambda: load(tmp_path, fusion="cli", fusion_fields={"rank": 3}), "fusion_fields", "rank")
+    fails(lambda: load(tmp_path, fusion_fields={"lora_rank": 3}), "fusion_fields", "preset")
     whole = load_file(tmp_path / "model.safetensors")
     for part in (("amp.",), ("agf.",), ("projector.", "image_newline")):  # nor do parts that were lost start afresh
         save_file({k: v for k, v in whole.items() if not k.startswith(part)}, tmp_path / "model.safetensors")
@@ -3543,6 +3555,11 @@ def test_checkpoints_come_by_the_clock(few, tmp_path, monkeypatch, capsys):
     (tmp_path / "bundle").mkdir()
     cli.write_text(tmp_path / "bundle/train.json", '{"encode": {"config": {}}}')  # no run's folder
     fails(lambda: train.train(settings(few, tmp_path / "bundle")), "no run's of train.py")
+    cli.write_text(tmp_path / "bundle/train.json", '{"config": 3}')
+    fails(lambda: train.train(settings(few, tmp_path / "bundle")), "no run's of train.py")
+    (tmp_path / "bundle/train.json").unlink()
+    torch.save({"step": 1}, tmp_path / "bundle/state.pt")
+    fails(lambda: train.train(settings(few, tmp_path / "bundle")), "without the train.json of its run")
 
 
 def test_fresh_parts_follow_the_seed(few, tmp_path, monkeypatch):
@@ -4341,7 +4358,7 @@ def test_fusion_rate_is_chosen_by_the_first_seed_on_dev(tmp_path, monkeypatch):
 def test_fusion_runs_that_fail_do_not_stop_the_others(tmp_path, monkeypatch):
     """A run that ends with a message, and one whose process is killed, are told when all others are done."""
     class Process:  # which runs at once, but for the one that is killed
-        join = terminate = lambda self: None
+        exitcode, join, terminate = -signal.SIGKILL, lambda self: None, lambda self: None
 
         def __init__(self, target, args):
             self.start = lambda: args[2]["name"] == "killed" or target(*args)
@@ -4357,7 +4374,7 @@ def test_fusion_runs_that_fail_do_not_stop_the_others(tmp_path, monkeypatch):
     monkeypatch.setattr(study.multiprocessing, "get_context", lambda kind: context)
     monkeypatch.setattr(study.signal, "signal", lambda *_: None)
     monkeypatch.setattr(study, "run_one", run_one)
-    with pytest.raises(InputError, match=r"2 of 3 runs failed.*(step 3: loss nan|killed: its process ended)"):
+    with pytest.raises(InputError, match=r"2 of 3 runs failed.*(step 3: loss nan|killed: its .* -9 .*memory)"):
         study.execute(argparse.Namespace(results=tmp_path, work=tmp_path, jobs=1), specs)
     assert done == ["bad", "good"]
 

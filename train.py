@@ -514,17 +514,20 @@ def earlier_run(out, settings):
     """What a run of the same settings left in its folder -> (its train.json, its checkpoint), {} for none."""
     facts, state = cli.read_json(out / "train.json", {}), {}
     model = ("train.json", "config.json", "model.safetensors")
-    if "config" not in facts and any((out / name).exists() for name in model):
+    if not isinstance(facts.get("config"), dict) and any((out / name).exists() for name in model):
         raise InputError(f"{out} holds a model that is no run's of train.py: give another --out")
     free = (*FREE, "data")  # of the data the hash is compared, wherever they lie
     wrong = [f"{k}={v!r}" for k, v in facts.get("config", {}).items() if k not in free and v != settings.get(k)]
-    if wrong and ("loss" in facts or (out / "state.pt").exists()):  # else nothing would be lost
+    if wrong and any((out / name).exists() for name in ("state.pt", "model.safetensors")):  # else nothing would be lost
         raise InputError(f"{out} holds a run with other settings, {', '.join(wrong)}: give another --out, or delete it")
     if "loss" not in facts and (out / "state.pt").exists():  # else it is finished
         try:
-            state = torch.load(out / "state.pt", map_location="cpu", weights_only=True, mmap=True)
+            mapped = os.name != "nt"  # where a mapped file cannot be replaced by the next checkpoint
+            state = torch.load(out / "state.pt", map_location="cpu", weights_only=True, mmap=mapped)
         except Exception as e:  # pickle and zip each have errors of their own
             raise InputError(f"{out}: its checkpoint is damaged, delete it: {cli.first_line(e)}") from e
+        if not facts:
+            raise InputError(f"{out}: state.pt without the train.json of its run: delete it, or give another --out")
     return facts, state
 
 

@@ -8,9 +8,10 @@
 Prompts, pictures and lengths of answers are those of LMMs-Eval's own wrappers of LLaVA-OneVision and LLaVA-1.5, and so
 is the checkpoint's repetition penalty; `until` is ignored, as there. Differences: answers are decoded in batches of
 similar length (in float32 they are those of batch size 1; in bfloat16 two nearly equal tokens may change places), and
-always greedily, where the wrapper samples if neither the task nor the checkpoint says otherwise; special tokens written
-out in a question stay text. Tasks that show videos, sample, ask in several rounds or compare likelihoods are refused; a
-question longer than the model's context counts as answered with nothing.
+always greedily, where the wrapper leaves it to the checkpoint's generation_config.json unless the task says, and
+LLaVA-OneVision's says to sample; special tokens written out in a question stay text. Tasks that show videos, sample,
+ask in several rounds or compare likelihoods are refused; a question longer than the model's context counts as answered
+with nothing.
 
 In --out: answers.jsonl, every answer as it comes (a run that was killed goes on where it was when the same command is
 given again); results.jsonl, a line for every task that is done; scores-TASK.jsonl, the task's metrics for every

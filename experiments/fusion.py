@@ -481,11 +481,11 @@ def in_process(args, spec, children):
     children.append(child)
     sender.close()
     try:
-        line = receiver.recv()
+        return receiver.recv()
     except EOFError:
-        line = f"failed: {spec['name']}: its process ended (killed for want of memory? Fewer --jobs)"
-    child.join()
-    return line
+        child.join()
+        why = "killed, for want of memory? Fewer --jobs" if child.exitcode == -signal.SIGKILL else "see above"
+        return f"failed: {spec['name']}: its process ended with status {child.exitcode} ({why})"
 
 
 def tell_run(sender, args, spec):

@@ -2,11 +2,12 @@
 
     python prepare_data.py emoji && python train.py
     python train.py --evaluate out/nano/tune --blind_model out/nano/blind
-    python experiments/one_kind.py --readme README.md
+    python experiments/one_kind.py --results out/one_kind/results
 
 The recipe's last stage (`tune`) with questions of a single kind, several times as many of it as the recipe has time
 for, everything else as it is: what is learned then failed for want of practice, what is not, for another reason. One
-JSON file a kind; the same command goes on with those that are missing.
+JSON file a kind; the same command goes on with those that are missing. Those in experiments/results/one_kind are of the
+second run that the README tells of; it got its table from them with --readme.
 """
 
 import json
@@ -104,13 +105,16 @@ def main():
     if not all("blind" in counts for kinds in among.values() for counts in kinds.values()):
         raise InputError(f"{args.nano / 'tune/eval.json'} has no blind twin: give train.py --evaluate a --blind_model")
     args.results.mkdir(parents=True, exist_ok=True)
+    todo = []
     for kind in args.kinds or failing(among):
         path, steps = args.results / f"{kind}.json", args.steps or (400 if kind in SINGLE else 200)  # a scene is slower
         together = {split: kinds[kind] for split, kinds in among.items() if kind in kinds}
         if not path.exists():
-            cli.write_text(path, json.dumps(run(kind, steps, together, args), indent=1) + "\n")
+            todo.append((path, kind, steps, together))
         elif (found := cli.read_json(path)).get("together") != together or found["steps"] != steps:
             raise InputError(f"{path} is of another model or other steps: give another --results")
+    for path, *what in todo:
+        cli.write_text(path, json.dumps(run(*what, args), indent=1) + "\n")
     lines = table({path.stem: cli.read_json(path) for path in args.results.glob("*.json")})
     print("\n".join(lines))
     if args.readme:

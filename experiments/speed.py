@@ -24,7 +24,7 @@ copy bandwidth, a picture of 1152 x 1152 pixels (7,371 visual tokens) is read to
 (flash-attn, varlen_attn, SDPA) are compared on it.
 
 Writes experiments/results/speed-SIZE-DEVICE-DTYPE.jsonl: the machine, then a line a process as it ends, then a line a
-figure. A run that was stopped starts anew.
+figure and a line a target. A run that was stopped starts anew.
 """
 import argparse
 import dataclasses
@@ -208,17 +208,17 @@ def generate_one(model, prompt, image):
 def compare_attention(model, tokens, image, device):
     """Prefill of the large picture through every way to attend that is installed: seconds, and the largest difference
     of the logits from SDPA's, as a share of the largest logit."""
-    flash, varlen = here = cli.flash_attn_varlen_func, cli.varlen_attn
+    package, built = cli.flash_attn_varlen_func, torch.backends.cuda.is_flash_attention_available
     result, reference = {}, None
-    for name, way in {"sdpa": (None, None), "varlen_attn": (None, varlen), "flash_attn": (flash, None)}.items():
+    for name, way in {"sdpa": (None, False), "varlen_attn": (None, built()), "flash_attn": (package, False)}.items():
         if name != "sdpa" and (not any(way) or model.dtype == torch.float32):
             continue
-        cli.flash_attn_varlen_func, cli.varlen_attn = way
+        cli.flash_attn_varlen_func, torch.backends.cuda.is_flash_attention_available = way[0], lambda own=way[1]: own
         logits = model(tokens, [image], select="last")[0].float()
         reference = logits if reference is None else reference
         result[f"attend {name}"] = timed(lambda: model(tokens, [image], select="last"), device)
         result[f"difference {name}"] = ((logits - reference).abs().max() / reference.abs().max()).item()
-    cli.flash_attn_varlen_func, cli.varlen_attn = here
+    cli.flash_attn_varlen_func, torch.backends.cuda.is_flash_attention_available = package, built
     return result
 
 
