@@ -314,7 +314,7 @@ def attention(q, k, v, causal=False):
     T = q.shape[2]
     blocks_pay = T <= 1024 if torch.is_grad_enabled() else q.dtype == torch.bfloat16
     if q.device.type != "cpu" or not blocks_pay or q.dtype == torch.bfloat16 and not CPU_BFLOAT16:
-        if q.shape[1] != k.shape[1]:  # for enable_gqa CUDA has one kernel without flash, which makes all T x T scores
+        if q.shape[1] != k.shape[1]:  # without flash, CUDA's only kernel for enable_gqa makes all T x T scores
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     # On a CPU spelled out, 128 queries at a time, whose scores stay in the processor's cache: where that was measured,
