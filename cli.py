@@ -1030,17 +1030,38 @@ def read_layout(raw, shapes, tower=None, key_map=None, generation=None):
         if f"decoder.{name}.weight" not in ours:
             raise InputError(f"unknown layout (model_type {raw.get('model_type')!r}): no {name}.weight of a Qwen2 or "
                              f"LLaMA decoder among {len(shapes)} tensors, like {min(shapes, default='none')}")
+    text = raw.get("text_config") or raw  # what it says of the decoder
+    decoder = read_decoder(raw, text, ours)
+    qwen = decoder.qkv_bias
+    eos = generation.get("eos_token_id") or text.get("eos_token_id") or (151645 if qwen else 2)
+    eos = tuple(eos) if isinstance(eos, list) else (151645, 151643) if qwen and eos in (151643, 151645) else (eos,)
+    config = {"decoder": decoder, "template": "qwen_1_5" if qwen else "vicuna_v1", "eos_token_ids": eos,
+              "repetition_penalty": generation.get("repetition_penalty") or 1.0}
+    if "vision.patch_embedding.weight" not in ours:
+        return build(Config, {"vision": None, **config}), names
+    vision = read_vision(raw, ours, tower)
+    pinpoints = raw.get("image_grid_pinpoints") or ()
+    if "text_config" in raw:  # transformers keeps (height, width)
+        pinpoints = [(w, h) for h, w in pinpoints]
+    # A bare SigLIP and a bare decoder become a model as LLaVA-OneVision is, with a newline vector.
+    newline = "image_newline" in ours or "projector.0.weight" not in ours and vision.kind == "siglip"
+    aspect = raw.get("image_aspect_ratio") or raw.get("vision_aspect_ratio") or ("anyres_max_9" if newline else "pad")
+    fusion = find_fusion(names, shapes, decoder.hidden_size, vision.hidden_size, key_map)
+    config |= {"vision": vision, "fusion": fusion, "newline": newline, "image_aspect_ratio": aspect,
+               "grid_pinpoints": list(map(tuple, pinpoints))}
+    return build(Config, config), names
 
-    def count(part):
-        return 1 + max(int(m[1]) for name in ours if (m := re.match(part + r"\.layers\.(\d+)\.", name)))
 
-    text = raw.get("text_config") or raw
+def count_layers(part, ours):
+    return 1 + max(int(m[1]) for name in ours if (m := re.match(part + r"\.layers\.(\d+)\.", name)))
+
+
+def read_decoder(raw, text, ours):
+    """DecoderConfig from a parsed config.json, its part about the decoder and {our name: shape}. Raises InputError for
+    what is not supported."""
     bare = text is not raw or not any(name.startswith("vision.") for name in ours)  # else it says what the whole is
     if bare and (kind := text.get("model_type", "llama")) not in DECODERS:  # same names, but other arithmetic
         raise InputError(f"config.json: a decoder of model_type {kind!r} is not supported, only {', '.join(DECODERS)}")
-    vocab, D = ours["decoder.embed_tokens.weight"]
-    heads = text.get("num_attention_heads", 32)
-    hd = text.get("head_dim") or D // heads
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         raise InputError(f"config.json: rope scaling {rope} is not supported")
@@ -1049,20 +1070,20 @@ def read_layout(raw, shapes, tower=None, key_map=None, generation=None):
     if window or text.get("hidden_act", "silu") != "silu":
         raise InputError(f"config.json: hidden_act {text.get('hidden_act')!r} with sliding_window {window!r} is not "
                          "supported, only silu without a window")
-    decoder = build(DecoderConfig, dict(
-        hidden_size=D, intermediate_size=ours["decoder.layers.0.mlp.gate_proj.weight"][0],
-        num_hidden_layers=count("decoder"), num_attention_heads=heads, head_dim=hd, vocab_size=vocab, qkv_bias=qwen,
+    (vocab, D), heads = ours["decoder.embed_tokens.weight"], text.get("num_attention_heads", 32)
+    hd = text.get("head_dim") or D // heads
+    return build(DecoderConfig, dict(
+        hidden_size=D, intermediate_size=ours["decoder.layers.0.mlp.gate_proj.weight"][0], vocab_size=vocab,
+        num_hidden_layers=count_layers("decoder", ours), num_attention_heads=heads, head_dim=hd, qkv_bias=qwen,
         num_key_value_heads=ours["decoder.layers.0.self_attn.k_proj.weight"][0] // hd,
         rms_norm_eps=text.get("rms_norm_eps", 1e-6), rope_theta=text.get("rope_theta") or rope.get("rope_theta", 1e4),
         tie_word_embeddings="lm_head.weight" not in ours,
         max_position_embeddings=text.get("max_position_embeddings") or (32768 if qwen else 2048)))
-    eos = generation.get("eos_token_id") or text.get("eos_token_id") or (151645 if qwen else 2)
-    eos = tuple(eos) if isinstance(eos, list) else (151645, 151643) if qwen and eos in (151643, 151645) else (eos,)
-    config = {"decoder": decoder, "template": "qwen_1_5" if qwen else "vicuna_v1", "eos_token_ids": eos,
-              "repetition_penalty": generation.get("repetition_penalty") or 1.0}
-    if "vision.patch_embedding.weight" not in ours:
-        return build(Config, {"vision": None, **config}), names
 
+
+def read_vision(raw, ours, tower):
+    """VisionConfig from a parsed config.json, {our name: shape} and a separate encoder's own config.json (or None).
+    Raises InputError for what is not supported."""
     v = (tower or {}).get("vision_config") or tower or raw.get("vision_config") or {}
     Dv, _, patch, _ = ours["vision.patch_embedding.weight"]
     clip = "vision.class_embedding" in ours
@@ -1079,23 +1100,13 @@ def read_layout(raw, shapes, tower=None, key_map=None, generation=None):
     # is gone already, whatever mm_vision_select_layer says.
     last = raw.get("vision_feature_layer", raw.get("mm_vision_select_layer") if clip else None)
     last = (-2 if tower or clip else -1) if last is None else last
-    blocks = last if last >= 0 else count("vision") + 1 + last
     if clip and raw.get("vision_feature_select_strategy", raw.get("mm_vision_select_feature")) in ("full", "cls_patch"):
         raise InputError("config.json: the vision encoder's class token among the visual tokens is not supported")
-    vision = build(VisionConfig, dict(
+    return build(VisionConfig, dict(
         kind="clip" if clip else "siglip", hidden_size=Dv, intermediate_size=ours["vision.layers.0.mlp.fc1.weight"][0],
-        num_hidden_layers=blocks, num_attention_heads=heads, image_size=size, patch_size=patch,
-        layer_norm_eps=v.get("layer_norm_eps", 1e-5 if clip else 1e-6),
+        num_hidden_layers=last if last >= 0 else count_layers("vision", ours) + 1 + last, num_attention_heads=heads,
+        image_size=size, patch_size=patch, layer_norm_eps=v.get("layer_norm_eps", 1e-5 if clip else 1e-6),
         **({"image_mean": CLIP_MEAN, "image_std": CLIP_STD} if clip else {})))
-    pinpoints = raw.get("image_grid_pinpoints") or ()
-    if "text_config" in raw:  # transformers keeps (height, width)
-        pinpoints = [(w, h) for h, w in pinpoints]
-    # A bare SigLIP and a bare decoder become a model as LLaVA-OneVision is, with a newline vector.
-    newline = "image_newline" in ours or "projector.0.weight" not in ours and not clip
-    aspect = raw.get("image_aspect_ratio") or raw.get("vision_aspect_ratio") or ("anyres_max_9" if newline else "pad")
-    config |= {"vision": vision, "fusion": find_fusion(names, shapes, D, Dv, key_map), "newline": newline,
-               "image_aspect_ratio": aspect, "grid_pinpoints": list(map(tuple, pinpoints))}
-    return build(Config, config), names
 
 
 def find_fusion(names, shapes, D, Dv, key_map):
