@@ -247,8 +247,7 @@ class Config:
 
 
 def parse_layers(spec):
-    """"RANGE-a-b-s" (the paper's notation, Python's range(a, b, s)), "0,2,5" or a list -> list[int]. Raises InputError.
-    """
+    """"RANGE-a-b-s" (the paper's notation: range(a, b, s)), "0,2,5" or a list -> list[int]. Raises InputError."""
     if not isinstance(spec, str):
         return [int(i) for i in spec]
     if m := re.fullmatch(r"RANGE-(\d+)-(\d+)-([1-9]\d*)", spec):

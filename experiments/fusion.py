@@ -462,8 +462,11 @@ def execute(args, specs):
             try:
                 runs = [threads.submit(in_process, args, spec, children) for spec in todo]
                 for run in (bar := tqdm(as_completed(runs), total=len(todo), desc="runs")):
-                    bar.write(run.result())
-                    failed += [run.result()] * run.result().startswith("failed")
+                    try:
+                        bar.write(run.result())
+                    except InputError as e:
+                        bar.write(f"failed: {e}")
+                        failed.append(e)
             finally:
                 threads.shutdown(wait=False, cancel_futures=True)
                 for child in children:
@@ -473,7 +476,7 @@ def execute(args, specs):
 
 
 def in_process(args, spec, children):
-    """A run in a process of its own, so that its memory is its own -> a line about it."""
+    """A run in a process of its own, so that its memory is its own -> a line about it. Raises InputError."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=tell_run, args=(sender, args, spec))
@@ -481,11 +484,14 @@ def in_process(args, spec, children):
     children.append(child)
     sender.close()
     try:
-        return receiver.recv()
+        found = receiver.recv()
     except EOFError:
         child.join()
         why = "killed, for want of memory? Fewer --jobs" if child.exitcode == -signal.SIGKILL else "see above"
-        return f"failed: {spec['name']}: its process ended with status {child.exitcode} ({why})"
+        raise InputError(f"{spec['name']}: its process ended with status {child.exitcode} ({why})") from None
+    if isinstance(found, InputError):
+        raise found
+    return found
 
 
 def tell_run(sender, args, spec):
@@ -493,7 +499,7 @@ def tell_run(sender, args, spec):
     try:
         sender.send(run_one(args, spec))
     except InputError as e:
-        sender.send(f"failed: {spec['name']}: {e}")
+        sender.send(InputError(f"{spec['name']}: {e}"))
 
 
 def make_plan(args):

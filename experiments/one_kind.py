@@ -80,10 +80,10 @@ def table(results):
     """Lines of Markdown: every kind and split, in % right, and of how many questions a kind was learned."""
     weights, lines = {kind: weight for kind, (weight, *_) in QUESTIONS.items()}, []
     for kind in (kind for kind in QUESTIONS if kind in results):
-        together = TUNE["steps"] * ROWS * weights[kind] / sum(weights.values())
+        seen = TUNE["steps"] * ROWS * weights[kind] / sum(weights.values())
         for split, counts in results[kind]["scores"].items():
             known = results[kind]["together"][split]
-            lines.append([kind, split, f"{together:,.0f}", f"{results[kind]['rows']:,}",
+            lines.append([kind, split, f"{seen:,.0f}", f"{results[kind]['rows']:,}",
                           *(f"{x:.0f}" for x in (percent(known, "blind", "majority"), percent(known, "model"),
                                                  percent(counts, "model")))])  # fmt: skip
     return train.markdown(["question", "split", "seen in training, with all kinds", "alone",

@@ -208,7 +208,7 @@ def generate_one(model, prompt, image):
 def compare_attention(model, tokens, image, device):
     """Prefill of the large picture through every way to attend that is installed: seconds, and the largest difference
     of the logits from SDPA's, as a share of the largest logit."""
-    package, built = cli.flash_attn_varlen_func, torch.backends.cuda.is_flash_attention_available
+    package, built = cli.flash_attn_varlen_func, torch.backends.cuda.is_flash_attention_available  # what attend() asks
     result, reference = {}, None
     for name, way in {"sdpa": (None, False), "varlen_attn": (None, built()), "flash_attn": (package, False)}.items():
         if name != "sdpa" and (not any(way) or model.dtype == torch.float32):
