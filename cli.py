@@ -4,12 +4,12 @@ Paper: "From One-to-One to Many-to-Many: Dynamic Cross-Layer Injection for Deep 
 https://arxiv.org/abs/2601.10710. A usual vision-language model hands the decoder only the last vision level, once, at
 its input. CLI taps several levels of the vision encoder, makes them comparable with low-rank adapters (AMP), and adds
 them to the hidden states at the input of several decoder layers, each through a gate that has looked at the picture
-and at the prompt (AGF). Everything else is LLaVA-OneVision.
+and at the prompt (AGF). Everything else is LLaVA-OneVision, or LLaVA-1.5.
 
     eq. 1    V = ImageEncoder(I)                                   VisionEncoder
     eq. 2    V_hat = MLP(V)                                        CLI.projector
     eq. 3    next token from LLM([V_hat; T])                       Decoder, CLI.forward
-    eq. 4-5  V_hat_k = MLP(V_k) + alpha/r B_k A_k V_k              CLI.see (the MLP), AMP
+    eq. 4-5  V_hat_k = MLP(V_k) + alpha/r B_k A_k V_k              CLI.see (the MLP), AMP; the paper has no alpha/r
     eq. 6-7  v_att, h_att = two learned queries read V_hat_k, h    read
     eq. 8    W = sigmoid(Gate([v_att; h_att]))                     AGF.forward
     eq. 9    h' = h (1 - mask) + (h mask + W V_hat_k)              CLI.inject
@@ -18,13 +18,15 @@ Legend: I a picture; V_k hidden states of vision level k (0 = patch embeddings, 
 the decoder's width (v_hat in the code); A_k, B_k, r, alpha an adapter's matrices, rank and scale; h the decoder's
 hidden states, h' after an injection; mask 1 at visual positions; l a decoder layer (from 0); W the weight of a gate.
 Sizes: T tokens of the stream (in eq. 3 the text), T_prompt before its pictures are put in, N visual tokens, B
-sequences, M tokens of the longest, P patches of a crop, n crops, S crop side in pixels, D and Dv widths of decoder and
-vision encoder, C any width, V words, H heads, K key/value heads, hd head size; (W, H) also a picture's pixels.
+sequences, M tokens of the longest one, P patches of a crop, n crops, S crop side in pixels, D and Dv widths of decoder
+and vision encoder, C any width, V words of the vocabulary (in eq. 1-2 the last level), H heads, K key/value heads, hd
+head size; (W, H) also a picture's pixels.
 Sequences lie end to end in one flat stream (T, D) without padding.
 
     model = CLI.from_pretrained("assets/nano")                     # a folder or a hub id
     prompt, _ = encode_chat(model.tokenizer, model.config.template, [("user", user_content("What is this?", 1))])
-    for step in model.generate([prompt], [[load_image("cat.png")]]): print(model.tokenizer.decode(step), end="")
+    picture = load_image("assets/pictures/single.png")
+    for step in model.generate([prompt], [[picture]]): print(model.tokenizer.decode(step), end="")
 """
 import argparse
 import contextlib
@@ -69,7 +71,7 @@ IGNORE = -100  # label of a position that is not supervised
 NEARLY_SHUT = -4.0  # a fresh gate's bias on a trained one-to-one base, which is to start near what it was: W = 0.018
 MAX_PIXELS = 128_000_000  # a larger picture is refused before it is decoded (decompression bombs)
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of Pillow's limit, which is lower
-CPU_BFLOAT16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # instructions for it
+CPU_BFLOAT16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 

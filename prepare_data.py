@@ -8,7 +8,7 @@ Output, in data/NAME/:
     manifest.json             what is there; written last, so a folder without one holds nothing to train on
     tokenizer.json            the tokenizer whose ids the shards hold
     SPLIT-00000.safetensors   tokens           int32[t]    the rows end to end, -200 where a picture goes
-                              answer           uint8[t]    1 = of an answer, 2 = supervised though it is of none
+                              answer           uint8[t]    1 = of an answer, 2 = not, but supervised all the same
                                                            (--labels llava), 0 = not supervised (not shifted)
                               row_offsets      int64[n+1]  row i is tokens[row_offsets[i]:row_offsets[i+1]]
                               pictures         uint8[b]    the pictures' bytes end to end: an image file, or a recipe

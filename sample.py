@@ -2,7 +2,7 @@
 
     python sample.py                                          the bundled nano model on bundled pictures
     python sample.py --image cat.png --prompt "What is this?" --model SRC     SRC: a folder or a hub id
-    python sample.py --image a.png --image b.png --prompt "What differs?"     several pictures; none is a text prompt
+    python sample.py --image a.png --image b.png --prompt "What differs?"     several pictures; none: text alone
     python sample.py --model SRC --image cat.png              without --prompt, on a terminal: a chat (Ctrl-D ends it)
     python sample.py --batch questions.jsonl --out answers.jsonl   lines {"prompt": ..., "image": path or list of paths}
 

@@ -7,11 +7,13 @@
     python train.py --evaluate assets/nano          accuracy by kind of question on the validation splits
     torchrun --nproc_per_node=2 train.py ...        several ranks share every step's rows, with --shard the weights too
 
-A setting on the command line holds for every stage; a fusion, and field by field its fields, for those that have one.
-The defaults below are those of --config: the recipes (RECIPES in this file) set many otherwise.
+A setting on the command line holds for every stage, but --fusion and --fusion_fields only for stages that have a
+fusion, where the fields given replace the recipe's one by one. The defaults below are those of --config: the recipes
+(RECIPES in this file) set many of them differently.
 A run that was killed goes on from its last checkpoint when the same command is given again: on a CPU with the same
-losses to the last bit. Its folder: train.json (the settings; in the end the loss too), log.jsonl, and state.pt
-(weights, optimiser, position), in whose place the model comes in the end.
+losses to the last bit. Its folder: train.json (the settings; at the end the loss too), state.pt (weights, optimiser,
+position; at the end replaced by the model) and log.jsonl, a line a step: loss, AdamW's highest learning rate, norm of
+the gradient, mean W of each injected layer, tokens/s, share of the GPU's peak FLOP/s (0: not known), GiB, seconds.
 """
 
 import argparse
@@ -131,9 +133,9 @@ NANO_FUSION = {"decoder_layers": "0,1,2", "vision_levels": "1,2,4,6", "lora_rank
                "agf_norm": True, "level_norm": True, "gate_bias_init": -2.0}
 
 
-# The paper in small. What its SigLIP brings along is made first: an encoder that tells drawings apart by what they are
-# called. Then a one-to-one model learns to name them, alone and in scenes, and from it starts the instruction tuning,
-# with the fusion. Muon, as AdamW taught the same encoder much less in the same time.
+# The paper at small scale. What SigLIP brings along is made first: an encoder that tells drawings apart by their names.
+# Then a one-to-one model learns to name them, alone and in scenes, and from it starts the instruction tuning, with the
+# fusion. Muon, as AdamW taught the same encoder much less in the same time.
 NANO_STAGES = {
     "encode": {"split": "encode", "steps": 1200, "objective": "contrast", "image_aspect_ratio": "pad", "muon": 10.0,
                "batch_rows": 256, "batch_tokens": 32768, "lr_vision": 2e-3, "eval_every": 0},

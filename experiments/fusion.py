@@ -1,4 +1,4 @@
-"""The paper's controlled comparison in small: the same data for every way of letting vision levels in, over seeds.
+"""The paper's controlled comparison at small scale: the same data for every way to let vision levels in, over seeds.
 
     python prepare_data.py emoji
     python experiments/fusion.py run                     the main table: prints plan and estimate, then works it off
