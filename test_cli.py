@@ -47,7 +47,7 @@ import train
 from assets.emoji import scenes
 from cli import CLI, IGNORE, IMAGE_TOKEN, PRESETS, Config, DecoderConfig, FusionConfig, InputError, VisionConfig
 from experiments import fusion as study
-from experiments import fusion_probe, fusion_report, one_kind
+from experiments import fusion_probe, fusion_report, one_kind, speed
 from experiments.tasks.nano import utils as nano_task
 
 torch.set_num_threads(1)  # the models are tiny: a second thread only waits
@@ -4051,8 +4051,9 @@ def test_one_kind(emoji, tmp_path, monkeypatch, capsys):
     """Rows of one kind alone, the corpus as it was afterwards; scores are those of the questions of that kind; what
     counts as failed; results of another model are not taken for this one's."""
     before = dict(scenes.QUESTIONS)
-    one_kind.make_rows("clock", 30, tmp_path, emoji)
+    one_kind.make_rows("clock", 30, tmp_path, emoji, {"seed": 5, "source": {}})
     assert scenes.QUESTIONS == before
+    assert train.read_manifest(tmp_path, "train")["seed"] == 5, "held-out things would be trained on"
     assert {kind.removesuffix("-zh") for *_, kind in rows_of(tmp_path, "train")} == {"clock"}
     monkeypatch.setattr(train, "answers", lambda model, rows, name: [
         (kind, "four", "four" if i % 2 else "five", {}) for i, kind in enumerate(rows.kinds)])  # fmt: skip
@@ -4070,14 +4071,17 @@ def test_one_kind(emoji, tmp_path, monkeypatch, capsys):
 
     def learn(cfg):
         trained.append(cfg)
+        Path(cfg.out).mkdir(parents=True)
         cli.write_text(Path(cfg.out) / "train.json", '{"seconds": 3}')
 
-    for kind in ("clock", "count"):
-        (tmp_path / kind / "model").mkdir(parents=True)
     monkeypatch.setattr(train, "train", learn)
     monkeypatch.setattr(one_kind, "make_rows", lambda *arguments: made.append(arguments))
     monkeypatch.setattr(CLI, "from_pretrained", lambda *_, **options: model)
-    (tmp_path / "nano/tune").mkdir(parents=True)
+    base = tmp_path / "nano/pretrain"
+    for folder in (base, tmp_path / "nano/tune"):
+        folder.mkdir(parents=True)
+    (base / "model.safetensors").write_text("weights")
+    work = tmp_path / study.file_hash(base / "model.safetensors")  # of another base: elsewhere
 
     def run_main(*flags):
         among = {"val_seen": {"clock": counts, "count": counts}, "val_scene": {"count": counts}}
@@ -4093,9 +4097,9 @@ def test_one_kind(emoji, tmp_path, monkeypatch, capsys):
     for kind, steps in (("count", 200), ("clock", 400)):
         found, cfg = cli.read_json(tmp_path / f"results/{kind}.json"), trained.pop()
         assert (found["steps"], found["rows"], found["seconds"]) == (steps, 64 * steps, 3)
-        assert made.pop() == (kind, 64 * steps, tmp_path / kind / "data", tmp_path / "nano/pretrain")
-        fields = {"init_from": str(tmp_path / "nano/pretrain"), "steps": steps, "data": str(tmp_path / kind / "data"),
-                  "out": str(tmp_path / kind / "model")}  # fmt: skip
+        assert made.pop() == (kind, 64 * steps, work / kind / "data", base, train.read_manifest(emoji, "train"))
+        fields = {"init_from": str(base), "steps": steps, "data": str(work / kind / "data"),
+                  "out": str(work / kind / "model")}  # fmt: skip
         assert cfg == train.TrainConfig(**{**one_kind.TUNE, **fields})
     assert run_main() == table and not trained  # there already
     fails(lambda: run_main("--steps", "7"), "clock.json", "another model or other steps")
@@ -4224,9 +4228,9 @@ def test_fusion_runs_on_cached_levels(few, tmp_path, monkeypatch):
     from the model of its own seed, and "CLI's time" is longer than its own steps."""
     encoder = tiny_model(few, fusion="none", fusion_fields={})
     encoder.save_pretrained(tmp_path / "encoder")
-    args = argparse.Namespace(work=tmp_path / "work", encoder=tmp_path / "encoder", data=few, data_hash="",
-                              device="cpu", dtype="float32", batch_rows=8, rows=9, questions=8, steps=100,
-                              pretrain_steps=1)  # fmt: skip
+    args = argparse.Namespace(work=tmp_path / "work", encoder=tmp_path / "encoder", data=few,
+                              data_hash=study.data_hash(few), device="cpu", dtype="float32", batch_rows=8, rows=9,
+                              questions=8, steps=100, pretrain_steps=1)  # fmt: skip
     study.cache(args, "val_seen", 5, [0, 1, 2])
     model = tiny_model(few).eval()
     model.vision, model.config = encoder.vision, dataclasses.replace(model.config, image_aspect_ratio="anyres_max_9")
@@ -4349,16 +4353,16 @@ def test_fusion_rate_is_chosen_by_the_first_seed_on_dev(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="rate of deepstack is chosen with seed 0"):
         study.run(argparse.Namespace(**{**vars(args), "seeds": [1], "variants": ["deepstack", "sli"]}))
     runs.clear()
-    study.run(argparse.Namespace(**{**vars(args), "part": "sweeps", "seeds": [1, 2, 3, 4]}))
+    study.run(argparse.Namespace(**{**vars(args), "part": "sweeps", "seeds": [1, 2, 3]}))
     changes = [fields for _, labels in study.SWEEPS.values() for fields in labels.values()]
     assert [x[2] for x in runs[0]] == [1, 2, 3] and {x[3] for x in runs[1]} == {slow}
     assert [x[4] for x in runs[1]] == 3 * changes and {x[2] for x in runs[1]} == {1, 2, 3}
 
 
-def test_fusion_runs_that_fail_do_not_stop_the_others(tmp_path, monkeypatch):
+def test_fusion_runs_that_fail_do_not_stop_the_others(tmp_path, monkeypatch, capsys):
     """A run that ends with a message, and one whose process is killed, are told when all others are done."""
     class Process:  # which runs at once, but for the one that is killed
-        exitcode, join, terminate = -signal.SIGKILL, lambda self: None, lambda self: None
+        exitcode, join, terminate = -9, lambda self: None, lambda self: None
 
         def __init__(self, target, args):
             self.start = lambda: args[2]["name"] == "killed" or target(*args)
@@ -4374,9 +4378,14 @@ def test_fusion_runs_that_fail_do_not_stop_the_others(tmp_path, monkeypatch):
     monkeypatch.setattr(study.multiprocessing, "get_context", lambda kind: context)
     monkeypatch.setattr(study.signal, "signal", lambda *_: None)
     monkeypatch.setattr(study, "run_one", run_one)
+    parents = []
+    monkeypatch.setattr(train, "end_with", parents.append)
     with pytest.raises(InputError, match=r"2 of 3 runs failed.*(step 3: loss nan|killed: its .* -9 .*memory)"):
         study.execute(argparse.Namespace(results=tmp_path, work=tmp_path, jobs=1), specs)
     assert done == ["bad", "good"]
+    assert parents == 2 * [os.getppid()], "a run outlives a study that is killed"
+    told = capsys.readouterr().out
+    assert "step 3: loss nan" in told and "killed: its process ended with status -9" in told and "good: 1 min" in told
 
 
 def test_fusion_runs_that_do_not_belong_together(tmp_path):
@@ -4396,12 +4405,31 @@ def test_fusion_runs_that_do_not_belong_together(tmp_path):
             study.execute(args, [spec("two", **fields, **other)])
         with pytest.raises(InputError, match=r"one\.json is of a run with other settings"):
             study.execute(args, [spec("one", **fields)])
+    (tmp_path / "work/pretrain-0").mkdir(parents=True)
+    (tmp_path / "work/pretrain-0/model.safetensors").write_text("pre-trained again, elsewhere")
+    study.write_json(tmp_path / "one.json", {"spec": spec("one"), "base": "of another"})
+    with pytest.raises(InputError, match="holds one, which started from another model"):
+        study.execute(args, [spec("two")])
     before = spec("pretrain-0", regime="pretrain")
     study.write_json(tmp_path / "pretrain-0.json", {"spec": before})
     assert not study.finished(args, before)
     for kept, there in ((spec("pretrain-0", regime="pretrain", steps=1), False), (before, True)):
         study.write_json(tmp_path / "work/pretrain-0/spec.json", kept)
         assert study.finished(args, before) == there
+
+
+def test_speed_compares_within_a_round():
+    """A ratio is the median of what it was in each round, not that of two medians from different rounds, which here
+    takes the other side; the noise is what the same code, with and without fusion, differed by."""
+    rates = {"none": [10, 20, 60], "transformers": [9, 40, 30], "cli": [10, 10, 66]}
+    samples = {side: [{"decode": rate, "load": rate, "first": 1} for rate in found] for side, found in rates.items()}
+    limits = {"read decode": 1, "matvec": 100, "copy": 1e9, "matmat": 1e9}
+    m = speed.medians({"limits": [limits] * 3, **samples}, torch.device("cpu"), torch.float32)
+    assert m["none"]["decode"] == 20 and m["share"] == {"decode": 20}
+    head = dict.fromkeys(("size", "dtype", "machine", "threads", "torch", "transformers", "python", "commit"), "?")
+    load, decode, _, told = (speed.table(samples, m, {**head, "rounds": 3})[i] for i in (2, 3, 4, 5))
+    assert decode.split(" | ")[2:6] == ["20", "30", "1.11 (0.50 to 2.00)", "20"]
+    assert load.split(" | ")[4] == "0.90 (0.50 to 2.00)" and "a factor of 0.50 to 1.10." in told
 
 
 def test_questions_of_the_nano_task(emoji, tmp_path):

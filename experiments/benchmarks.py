@@ -3,7 +3,7 @@
     pip install -r experiments/requirements.txt         LMMs-Eval; it downloads a task's data when that is first run
     python experiments/benchmarks.py --model SRC --tasks ai2d,chartqa --out out/base      SRC: a folder or a hub id
     python experiments/benchmarks.py --model SRC2 --tasks ai2d,chartqa --out out/cli --beside out/base
-    python experiments/benchmarks.py --tasks nano --include-path experiments/tasks --out out/nano   needs no network
+    python experiments/benchmarks.py --tasks nano --include-path experiments/tasks --out out/nano-bench --dtype float32
 
 Prompts, pictures and lengths of answers are those of LMMs-Eval's own wrappers of LLaVA-OneVision and LLaVA-1.5, and so
 is the checkpoint's repetition penalty; `until` is ignored, as there. Differences: answers are decoded in batches of
@@ -15,7 +15,7 @@ with nothing.
 
 In --out: answers.jsonl, every answer as it comes (a run that was killed goes on where it was when the same command is
 given again); results.jsonl, a line for every task that is done; scores-TASK.jsonl, the task's metrics for every
-question; table.md, with the figures of --beside and the paper's next to this run's.
+question; table.md, with the figures of --beside and the paper's next to this run's. The task `nano` needs no network.
 """
 import argparse
 import difflib
@@ -34,7 +34,7 @@ sys.path.insert(0, str(HERE))
 import cli  # noqa: E402
 from cli import IMAGE_TOKEN, InputError, encode_chat, user_content  # noqa: E402
 from sample import add_model_flags, load_model  # noqa: E402
-from train import commit, picture_tokens  # noqa: E402
+from train import commit, markdown, picture_tokens  # noqa: E402
 
 try:
     from lmms_eval.api.model import lmms
@@ -202,7 +202,7 @@ def run_task(task, lm, manager, args):
 
 def make_table(lines, beside):
     """Lines of results.jsonl as a table, next to another run's on as many questions."""
-    rows = ["| task | metric | this run | other run | questions | seconds |", "|---|---|---|---|---|---|"]
+    rows = []
     for line in lines:
         other = next((x["metrics"] for x in reversed(beside) if x["task"] == line["task"]
                       and (x["questions"], x["limit"]) == (line["questions"], line["limit"])), {})
@@ -210,10 +210,10 @@ def make_table(lines, beside):
             for metric, value in metrics.items():
                 theirs, count = other.get(name, {}).get(metric), line["counts"].get(name, {}).get(metric, "")
                 cells = [f"{v:.4f}" if isinstance(v, float) else "" if v is None else str(v) for v in (value, theirs)]
-                rows.append(f"| {name} | {metric.removesuffix(',none')} | {' | '.join(cells)} | {count} | |")
+                rows.append([name, metric.removesuffix(",none"), *cells, count, ""])
         note = f"{line['too_long']} too long; " * bool(line["too_long"])
-        rows.append(f"| {line['task']} | {note}all | | | {line['questions']} | {line['seconds']:.0f} |")
-    return "\n".join(rows) + "\n"
+        rows.append([line["task"], note + "all", "", "", line["questions"], f"{line['seconds']:.0f}"])
+    return "\n".join(markdown(["task", "metric", "this run", "other run", "questions", "seconds"], rows)) + "\n"
 
 
 def choose_tasks(text, manager):
@@ -244,8 +244,7 @@ def main():
     logger.add(sys.stderr, level="WARNING")
     beside = read_lines(args.beside / "results.jsonl") if args.beside else []
     model = load_model(args)
-    manager = TaskManager("WARNING", include_path=args.include_path and str(args.include_path),
-                          model_name=WRAPPERS[model.config.template])
+    manager = TaskManager("WARNING", include_path=args.include_path, model_name=WRAPPERS[model.config.template])
     tasks = choose_tasks(args.tasks, manager)
     answers, results = open_run(args.out, {"model": args.model, "fusion": args.fusion, "weights": fingerprint(model),
                                            "dtype": str(model.dtype)[6:], "device": model.device.type})
@@ -260,7 +259,8 @@ def main():
                 while hasattr(e, "last_attempt"):  # it tries some things several times
                     e = e.last_attempt.exception()
                 failed.append(f"{task}: {cli.first_line(e)}")
-    table = make_table(lines, beside) + "\n" + PAPER
+    done = {line["task"]: line for line in results + lines}  # of earlier calls too, each task's last
+    table = make_table(done.values(), beside) + "\n" + PAPER
     cli.write_text(args.out / "table.md", table)
     print(table)
     if failed:

@@ -18,11 +18,12 @@ def main():
     parser = Parser(description=__doc__)
     parser.add_argument("run", type=Path, help="folder that train.py wrote, with encode, pretrain and tune in it")
     run, out = parser.parse_args().run, HERE / "assets/nano"
-    CLI.from_pretrained(run / "tune", quiet=True).save_pretrained(out, dtype=torch.bfloat16)
     stages = {name: read_json(run / name / "train.json") for name in ("encode", "pretrain", "tune")}
-    write_text(out / "train.json", json.dumps(stages, indent=1) + "\n")
     log = "".join(json.dumps({"stage": name, **json.loads(line)}) + "\n"
                   for name in stages for line in (run / name / "log.jsonl").read_text().splitlines())
+    CLI.from_pretrained(run / "tune", quiet=True).save_pretrained(out, dtype=torch.bfloat16)
+    (out / "eval.json").unlink(missing_ok=True)  # of the model before
+    write_text(out / "train.json", json.dumps(stages, indent=1) + "\n")
     write_text(out / "log.jsonl", log)
     print(f"{out}: {sum(p.stat().st_size for p in out.iterdir()) / 1e6:.2f} MB")
 

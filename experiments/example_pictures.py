@@ -23,14 +23,14 @@ def main():
     parser.add_argument("--scene", type=int, required=True, help="row of val_scene")
     args = parser.parse_args()
     rows = {"single.png": ("val_pair", args.single), "scene.png": ("val_scene", args.scene)}
+    splits = {split: Rows(args.data, split, Config()) for split, _ in rows.values()}
     for split, row in rows.values():
-        count = len(Rows(args.data, split, Config()))
-        if not 0 <= row < count:
-            raise InputError(f"{split} has rows 0 to {count - 1}, none {row}")
+        if not 0 <= row < len(splits[split]):
+            raise InputError(f"{split} has rows 0 to {len(splits[split]) - 1}, none {row}")
     out, shows, concepts = HERE / "assets/pictures", {}, load_emoji()[1]
     out.mkdir(exist_ok=True)
     for name, (split, row) in rows.items():
-        (data,) = Rows(args.data, split, Config())[row][2]
+        (data,) = splits[split][row][2]
         picture = open_picture(data)
         write_whole(out / name, lambda path, picture=picture: picture.save(path, "PNG"))
         shows[name] = {"split": split, "row": row, "cells": [

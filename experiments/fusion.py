@@ -1,15 +1,14 @@
 """The paper's controlled comparison at small scale: the same data for every way to let vision levels in, over seeds.
 
     python prepare_data.py emoji
-    python experiments/fusion.py run                     the main table: prints plan and estimate, then works it off
-    python experiments/fusion.py run --part scratch      the same without pre-training of the decoder
-    python experiments/fusion.py run --part sweeps       what the paper leaves open, three seeds each
-    python experiments/fusion.py plan                    the estimate alone (trains the encoder if there is none)
-    python experiments/fusion_report.py                  tables and figures, from the files of the finished runs
+    python experiments/fusion.py run --results out/study                     the main table: plan and estimate, then all
+    python experiments/fusion.py run --results out/study --part scratch      the same, decoder without pre-training
+    python experiments/fusion.py run --results out/study --part sweeps       what the paper leaves open, three seeds
+    python experiments/fusion.py plan --results out/study                    the estimate (first trains the encoder)
 
-A run writes one JSON file into experiments/results/fusion once it is done (runs with an encoder of your own need
-another folder: --results); the same command goes on with those that are missing. The question, the protocol and
-what came out: experiments/fusion.md.
+A run writes one JSON file into --results once it is done; the same command goes on with those that are missing. The
+default, experiments/results/fusion, holds the published runs, and takes more of their encoders' alone. The question,
+the protocol, what came out, and how tables and figures are made of it: experiments/fusion.md.
 """
 
 import contextlib
@@ -20,9 +19,11 @@ import itertools
 import json
 import math
 import multiprocessing
+import os
 import re
 import signal
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -102,6 +103,10 @@ def file_hash(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
+def data_hash(folder):
+    return train.sha256(json.dumps(train.read_manifest(folder, "train")))[:16]
+
+
 def write_json(path, value):
     path.parent.mkdir(parents=True, exist_ok=True)
     cli.write_text(path, json.dumps(value, ensure_ascii=False) + "\n")
@@ -150,8 +155,9 @@ class Cached:
 
     def __init__(self, args, split, config):
         facts = cli.read_json(args.work / f"{split}.json")
-        if facts["key"]["encoder"] != file_hash(args.encoder / "model.safetensors"):
-            raise InputError(f"{args.work} holds the levels of another encoder: give another --work")
+        found = {"encoder": file_hash(args.encoder / "model.safetensors"), "data": data_hash(args.data)}
+        if wrong := [name for name in found if facts["key"][name] != found[name]]:
+            raise InputError(f"{args.work} holds levels of another {wrong[0]}: give another --work")
         self.levels, self.chosen, self.grids = facts["key"]["levels"], facts["rows"], facts["grids"]
         self.rows = train.Rows(args.data, split, config)
         self.lengths, self.supervised, self.kinds = ([getattr(self.rows, name)[i] for i in self.chosen]
@@ -227,7 +233,7 @@ def score(model, rows, chosen, autocast=None):
     "gates": {l: float[Q, K]}, "size": mean |h| of a visual token on its way into every decoder layer}.
 
     An answer is right if every token of it, end mark included, is the likeliest after the right ones before it: then,
-    and only then, greedy decoding says exactly this. The gate reads the prompt alone, whatever it read in training.
+    and only then, greedy decoding says exactly this. The gate never reads the answer, even if it did in training.
     """
     config, autocast = model.config, autocast or contextlib.nullcontext()
     model.config = dataclasses.replace(config, fusion=dataclasses.replace(
@@ -319,6 +325,12 @@ def pretrain(args, spec):
     return {"curve": curve}
 
 
+def base_hash(args, spec):
+    """Of the model that a run starts from; None from scratch."""
+    path = args.work / f"pretrain-{spec['seed']}" / "model.safetensors"
+    return file_hash(path) if spec["regime"] == "tuned" else None
+
+
 def run_one(args, spec):
     """One run from start to its JSON file."""
     device, began = cli.pick_device(args.device)[0], time.time()
@@ -326,8 +338,9 @@ def run_one(args, spec):
         torch.set_num_threads(1)
     torch.manual_seed(spec["seed"])
     result = pretrain(args, spec) if spec["regime"] == "pretrain" else tune(args, spec)
-    facts = {"spec": spec, "commit": args.commit, "torch": torch.__version__, "device": args.device_name,
-             "seconds": round(time.time() - began, 1), "gib": round(cli.peak_memory(device), 3)}
+    facts = {"spec": spec, "base": base_hash(args, spec), "commit": args.commit, "torch": torch.__version__,
+             "device": args.device_name, "seconds": round(time.time() - began, 1),
+             "gib": round(cli.peak_memory(device), 3)}  # fmt: skip
     write_json(args.results / (spec["name"] + ".json"), {**facts, **result})
     return f"{spec['name']}: {facts['seconds'] / 60:.1f} min, loss {result['curve'][-1]['loss']:.3f}"
 
@@ -431,7 +444,7 @@ def main_spec(args, plan, regime, variant, seed, rate):
 def sweep_specs(args, rate):
     return [spec_of(args, "tuned", f"{topic}={label}", seed, rate, args.steps, "cli", fields,
                     args.batch_rows)
-            for seed in args.seeds[:3] for topic, (_, labels) in SWEEPS.items() for label, fields in labels.items()]
+            for seed in args.seeds for topic, (_, labels) in SWEEPS.items() for label, fields in labels.items()]
 
 
 def finished(args, spec):
@@ -451,6 +464,10 @@ def execute(args, specs):
         # All runs of a study, of a seed (differences are taken within it), and of a variant have these in common.
         keys = ["data", "rows", "questions", "pretrain_steps"]
         keys += ["encoder", "dtype"] if spec["seed"] == other["spec"]["seed"] else []
+        base = other.get("base") if spec["seed"] == other["spec"]["seed"] else None
+        if base and base_hash(args, spec) not in (None, base):
+            raise InputError(f"{args.results} holds {other['spec']['name']}, which started from another model than "
+                             f"{args.work}/pretrain-{spec['seed']}: leave seed {spec['seed']} out of --seeds")
         same = (spec["regime"], spec["variant"]) == (other["spec"]["regime"], other["spec"]["variant"])
         keys += ["steps", "batch_rows", "fields"] if same else []
         if wrong := [f"{k}={other['spec'][k]!r}" for k in keys if spec[k] != other["spec"][k]]:
@@ -487,7 +504,7 @@ def in_process(args, spec, children):
         found = receiver.recv()
     except EOFError:
         child.join()
-        why = "killed, for want of memory? Fewer --jobs" if child.exitcode == -signal.SIGKILL else "see above"
+        why = "killed, for want of memory? Fewer --jobs" if child.exitcode == -9 else "see above"
         raise InputError(f"{spec['name']}: its process ended with status {child.exitcode} ({why})") from None
     if isinstance(found, InputError):
         raise found
@@ -496,6 +513,7 @@ def in_process(args, spec, children):
 
 def tell_run(sender, args, spec):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+    threading.Thread(target=train.end_with, args=[os.getppid()], daemon=True).start()  # not to outlive it
     try:
         sender.send(run_one(args, spec))
     except InputError as e:
@@ -509,6 +527,7 @@ def make_plan(args):
     if plan:
         return plan
     cache(args, "dev", args.questions, LEVELS)
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     plan = {"device": args.device_name, "step_seconds": {}}
     for variant in tqdm(VARIANTS, desc="timing"):
@@ -516,6 +535,7 @@ def make_plan(args):
         cfg, _ = config_of(args, spec)
         model, _, _ = build(args, cfg, LEVELS)
         plan["step_seconds"][variant] = round(fit(args, model, Cached(args, "dev", model.config), cfg)[1], 4)
+    torch.set_num_threads(threads)
     write_json(path, plan)
     return plan
 
@@ -559,7 +579,9 @@ def load_results(args):
 def run(args):
     if not (args.encoder / "model.safetensors").exists():  # as train.py's recipe makes it
         train.train(train.TrainConfig(**{**train.RECIPES["nano"]["encode"], "out": str(args.encoder),
-                                         "data": str(args.data), "device": args.device, "dtype": args.dtype}))
+                                         "data": str(args.data), "device": args.device, "dtype": args.asked}))
+    for spec in pretrain_specs(args, args.seeds):
+        finished(args, spec)  # refuses another encoder's results before anything else takes time
     plan = make_plan(args)
     tell_plan(args, plan)
     if args.command == "plan":
@@ -575,7 +597,7 @@ def run(args):
         raise InputError(f"the runs in {args.results} were asked other questions: give another --results")
     write_json(args.results / "questions.json", questions)
     if args.part != "scratch":
-        execute(args, pretrain_specs(args, args.seeds[:3] if args.part == "sweeps" else args.seeds))
+        execute(args, pretrain_specs(args, args.seeds))
     regime = "tuned" if args.part == "sweeps" else args.part
     if args.part == "sweeps":
         rate = args.rate or best_rate(load_results(args), "tuned", "cli")
@@ -602,11 +624,13 @@ def main():
     add = parser.add_argument
     add("command", choices=("plan", "run"))
     add("--part", choices=("tuned", "scratch", "sweeps"), default="tuned", help="what to run (default: %(default)s)")
-    add("--data", type=Path, default=HERE / "data/emoji", help="folder that prepare_data.py wrote")
-    add("--encoder", type=Path, default=HERE / "out/nano/encode", help="trained as train.py does it if it is not there")
+    add("--data", type=Path, default=HERE / "data/emoji", help="what prepare_data.py wrote (default: data/emoji)")
+    add("--encoder", type=Path, default=HERE / "out/nano/encode",
+        help="trained as train.py does it if it is not there (default: out/nano/encode)")
     add("--work", type=Path, default=HERE / "out/fusion", help="levels and pre-trained models (default: out/fusion)")
-    add("--results", type=Path, default=HERE / "experiments/results/fusion", help="one JSON file a run")
-    add("--seeds", type=int, nargs="+", default=SEEDS, help="default: 0 to 4; of sweeps the first three")
+    add("--results", type=Path, default=HERE / "experiments/results/fusion",
+        help="one JSON file a run (default: experiments/results/fusion)")
+    add("--seeds", type=int, nargs="+", help="default: 0 to 4; of sweeps 0 to 2")
     add("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="of the main table")
     add("--rate", type=float, help="learning rate of every run, instead of the better of two")
     add("--steps", type=int, default=2500, help="of every run (default: %(default)s)")
@@ -619,14 +643,17 @@ def main():
     add("--device", default="auto", help="cpu, cuda, mps or auto")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of training; scores are in float32")
     args = parser.parse_args()
+    args.seeds = sorted(set(args.seeds or (SEEDS[:3] if args.part == "sweeps" else SEEDS)))
+    if args.rate is not None and not 0 < args.rate < math.inf:
+        raise InputError("--rate must be above 0")
     for name in ("steps", "batch_rows", "pretrain_steps", "rows", "questions", "log_every", "jobs"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1")
     for name in ("data", "encoder", "work", "results"):
         setattr(args, name, getattr(args, name).absolute())
-    manifest = train.read_manifest(args.data, "train")
-    args.data_hash, args.commit = train.sha256(json.dumps(manifest))[:16], train.commit()
+    args.data_hash, args.commit = data_hash(args.data), train.commit()
     device, _ = cli.pick_device(args.device)
+    args.asked = args.dtype  # what the encoder's own settings say, as train.py's recipe has them
     args.device, args.dtype = str(device), str(train.training_dtype(args.dtype, device)[0]).removeprefix("torch.")
     args.device_name = torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type}, one thread a run"
     run(args)

@@ -92,12 +92,16 @@ def probe(args):
 def main():
     parser = cli.Parser(description=__doc__)
     add = parser.add_argument
-    add("--data", type=Path, default=HERE / "data/emoji", help="folder that prepare_data.py wrote")
-    add("--encoder", type=Path, default=HERE / "out/nano/encode", help="the study's encoder")
-    add("--work", type=Path, default=HERE / "out/fusion", help="where the levels are")
-    add("--results", type=Path, default=HERE / "experiments/results/fusion", help="gets probe.json")
+    add("--data", type=Path, default=HERE / "data/emoji", help="what prepare_data.py wrote (default: data/emoji)")
+    add("--encoder", type=Path, default=HERE / "out/nano/encode", help="the study's encoder (default: out/nano/encode)")
+    add("--work", type=Path, default=HERE / "out/fusion", help="where the levels are (default: out/fusion)")
+    add("--results", type=Path, default=HERE / "experiments/results/fusion",
+        help="gets probe.json (default: experiments/results/fusion)")
     args = parser.parse_args()
-    found, encoder = probe(args), file_hash(args.encoder / "model.safetensors")
+    encoder = file_hash(args.encoder / "model.safetensors")
+    if (there := cli.read_json(args.results / "probe.json", {})) and there["encoder"] != encoder:
+        raise cli.InputError(f"{args.results}/probe.json is of another encoder: give another --results")
+    found = probe(args)
     write_json(args.results / "probe.json", {"encoder": encoder, "attributes": found})
     for attribute, facts in found.items():
         print(f"{attribute}: share of the variance {' '.join(f'{100 * x:.1f}' for x in facts['between'])} %")

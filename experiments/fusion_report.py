@@ -259,8 +259,10 @@ def sweeps_table(answers):
 
 def figures(args, answers):
     """Draw what there are runs for -> {name: path}."""
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ImportError as e:
+        raise cli.InputError(f"{e}: pip install matplotlib") from e
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -285,9 +287,11 @@ def figures(args, answers):
     for i, variant in enumerate(names):
         seeds = 100 * answers.right(("tuned", variant)).mean(1)
         left.plot(seeds, [i] * len(seeds), "|", color="C3", markersize=12)
-        points = [[(p["step"], p["dev_loss"]) for p in r["curve"] if "dev_loss" in p]
+        curves = [{p["step"]: p["dev_loss"] for p in r["curve"] if "dev_loss" in p}
                   for r in answers.runs["tuned", variant].values()]  # fmt: skip
-        right.plot(*np.mean(points, 0).T, label=VARIANTS[variant][0], linestyle="-" if i < 6 else "--")
+        steps = sorted(set.intersection(*map(set, curves)))
+        means = [np.mean([curve[step] for curve in curves]) for step in steps]
+        right.plot(steps, means, label=VARIANTS[variant][0], linestyle="-" if i < 6 else "--")
     right.set(xlabel="step", ylabel="loss on the development split")
     right.legend(fontsize=7)
     save("main", fig)
@@ -376,14 +380,18 @@ def report(args):
                                         f"interventions_{v}": f"{VARIANTS[v][0]}: other weights at inference"})
     lines += ["### Where the paper is silent", "", *shown(sweeps_table(answers))]
     put_between_marks(args.page, {"fusion": lines})
-    print(f"{len(results)} runs -> {args.readme}, {args.page}")
+    shown = sum(map(len, answers.runs.values()))
+    print(f"{len(results)} runs, {len(results) - shown} of them at a rate that was not chosen -> {args.readme}, "
+          f"{args.page}")
 
 
 def main():
     parser = cli.Parser(description=__doc__)
-    parser.add_argument("--results", type=Path, default=HERE / "experiments/results/fusion", help="files of the runs")
-    parser.add_argument("--page", type=Path, default=HERE / "experiments/fusion.md", help="gets all tables")
-    parser.add_argument("--readme", type=Path, default=HERE / "README.md", help="gets the main one")
+    add = parser.add_argument
+    add("--results", type=Path, default=HERE / "experiments/results/fusion",
+        help="files of the runs (default: experiments/results/fusion)")
+    add("--page", type=Path, default=HERE / "experiments/fusion.md", help="gets all tables (default: this project's)")
+    add("--readme", type=Path, default=HERE / "README.md", help="gets the main one (default: this project's)")
     args = parser.parse_args()
     for name in ("results", "page", "readme"):
         setattr(args, name, getattr(args, name).absolute())

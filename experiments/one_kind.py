@@ -21,6 +21,7 @@ import prepare_data  # noqa: E402
 import train  # noqa: E402
 from assets.emoji.scenes import QUESTIONS, SINGLE  # noqa: E402
 from cli import CLI, InputError  # noqa: E402
+from experiments.fusion import file_hash  # noqa: E402
 
 SHORT = 20  # points above the blind twin and the most frequent answer: what a kind is to reach
 TUNE = train.RECIPES["nano"]["tune"]
@@ -39,13 +40,15 @@ def failing(scores):
         for kinds in scores.values() if kind in kinds)]  # fmt: skip
 
 
-def make_rows(kind, rows, folder, tokenizer):
-    """Training rows of one kind alone, by the command that makes all: the other kinds' weights are 0 meanwhile."""
+def make_rows(kind, rows, folder, tokenizer, manifest):
+    """Training rows of one kind alone, by the command that makes all: the other kinds' weights are 0 meanwhile. With
+    the seed of the validation data, whose held-out things it decides."""
     kept = dict(QUESTIONS)
     QUESTIONS.update({other: (0, *rest) for other, (_, *rest) in kept.items() if other != kind})
     try:
         prepare_data.main(["emoji", "--out", str(folder), "--tokenizer", str(tokenizer), "--encode", "0",
-                           "--pretrain", "0", "--train", str(rows), "--val", "0"])  # fmt: skip
+                           "--pretrain", "0", "--train", str(rows), "--val", "0", "--seed", str(manifest["seed"]),
+                           "--per-kind", str(manifest["source"].get("per_kind", 16))])  # fmt: skip
     finally:
         QUESTIONS.update(kept)
 
@@ -65,9 +68,10 @@ def score(model, kind, data, splits):
 
 def run(kind, steps, together, args):
     """Train and score one kind -> what its file holds; together: {split: counts} of the model of all kinds."""
-    work = args.work / kind
-    make_rows(kind, steps * ROWS, work / "data", args.nano / "pretrain")
-    cfg = train.TrainConfig(**{**TUNE, "init_from": str(args.nano / "pretrain"), "data": str(work / "data"),
+    base = args.nano / "pretrain"
+    work = args.work / file_hash(base / "model.safetensors") / kind  # never go on with what another base became
+    make_rows(kind, steps * ROWS, work / "data", base, train.read_manifest(args.data, "train"))
+    cfg = train.TrainConfig(**{**TUNE, "init_from": str(base), "data": str(work / "data"),
                                "out": str(work / "model"), "steps": steps})  # fmt: skip
     train.train(cfg)
     seconds = cli.read_json(Path(cfg.out) / "train.json")["seconds"]
@@ -86,7 +90,7 @@ def table(results):
             lines.append([kind, split, f"{seen:,.0f}", f"{results[kind]['rows']:,}",
                           *(f"{x:.0f}" for x in (percent(known, "blind", "majority"), percent(known, "model"),
                                                  percent(counts, "model")))])  # fmt: skip
-    return train.markdown(["question", "split", "seen in training, with all kinds", "alone",
+    return train.markdown(["question", "split", "seen in the last stage, with all kinds", "alone",
                            "blind or most frequent, %", "with all kinds, %", "alone, %"], lines)  # fmt: skip
 
 
@@ -95,7 +99,7 @@ def main():
     add = parser.add_argument
     add("--kinds", nargs="+", choices=list(QUESTIONS), help="default: all that miss the mark in NANO/tune/eval.json")
     add("--steps", type=int, default=0, help="of 64 questions (default: 400 about single things, 200 about scenes)")
-    add("--data", type=Path, default=HERE / "data/emoji", help="folder that prepare_data.py wrote, for validation")
+    add("--data", type=Path, default=HERE / "data/emoji", help="for validation, as prepare_data.py wrote it")
     add("--nano", type=Path, default=HERE / "out/nano", help="folder that train.py wrote")
     add("--work", type=Path, default=HERE / "out/one_kind", help="rows and models (default: out/one_kind)")
     add("--results", type=Path, default=HERE / "experiments/results/one_kind", help="one JSON file a kind")

@@ -13,26 +13,29 @@ model *says* is noise. (config.json follows the 7B's; the 0.5B's own was not see
     tiny         84    39 MB with Qwen   tied, not stored   model.safetensors; as many embedding rows as the tokenizer
 
 Values: normal(0, 0.02), with which activations neither vanish nor blow up; the weights of norms are 1; biases and
-other vectors are normal(0, 0.02) too, not zero: a loader that dropped one would change the output. Written piece by
-piece (never more than 64 MB in memory at once), under a temporary name until complete.
+other vectors are normal(0, 0.02) too, not zero: a loader that dropped one would change the output. One file at a time
+is in memory; the folder has a temporary name until it is complete.
 """
 
-import argparse
 import json
 import math
 import os
 import shutil
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import tokenizers
 import torch
+from safetensors.torch import save_file
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import cli  # noqa: E402
+
 STD = 0.02
-PIECE = 1 << 24  # numbers drawn and written at a time: 64 MB in fp32
 SHARD = 5 * 10**9  # bytes; the limit that transformers used when the published files were saved
-SAFETENSORS_DTYPE = {torch.bfloat16: "BF16", torch.float32: "F32"}
 
 
 @dataclass(frozen=True)
@@ -115,46 +118,10 @@ def llava_hf_name(name):
     return new + name[len(old) :]
 
 
-def random_pieces(name, shape, generator):
-    """The values of one tensor, as flat bf16 pieces in order."""
-    left = math.prod(shape)
+def random_tensor(name, shape, generator):
     if "norm" in name and name.endswith(".weight"):
-        yield torch.ones(left, dtype=torch.bfloat16)
-        return
-    while left > 0:
-        n = min(left, PIECE)
-        yield torch.randn(n, generator=generator).mul_(STD).to(torch.bfloat16)
-        left -= n
-
-
-def write_safetensors(path, shapes, pieces, dtype=torch.bfloat16, bar=None):
-    """A safetensors file written front to back, so that no tensor need be in memory as a whole. -> bytes of tensors
-
-    shapes: {name: shape}; pieces(name) -> an iterable of tensors that, flattened and laid end to end, are that tensor.
-    The format: 8 bytes with the header's length, the header (JSON: dtype, shape and place of each tensor), the numbers.
-    """
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name, shape in shapes.items():
-        start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": SAFETENSORS_DTYPE[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the numbers start at a multiple of 8
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in shapes:
-            for piece in pieces(name):
-                if piece.dtype != dtype:
-                    raise TypeError(f"{name}: a piece of {piece.dtype} for a file of {dtype}")
-                data = piece.contiguous().flatten().view(torch.uint8).numpy()
-                file.write(data)
-                if bar:
-                    bar.update(data.nbytes)
-            written = file.tell() - 8 - len(text)
-            if written != header[name]["data_offsets"][1]:
-                raise ValueError(f"{name}: pieces end at byte {written}, not {header[name]['data_offsets'][1]}")
-        file.flush()
-        os.fsync(file.fileno())
-    return end
+        return torch.ones(shape, dtype=torch.bfloat16)
+    return torch.empty(shape, dtype=torch.bfloat16).normal_(0, STD, generator=generator)
 
 
 def shards(shapes):
@@ -272,16 +239,19 @@ def generation_config(size):
 
 
 def write_json(path, value, sort_keys=False):
-    text = json.dumps(value, indent=2, sort_keys=sort_keys, ensure_ascii=False)
-    Path(path).write_text(text + "\n", encoding="utf-8")
+    cli.write_text(path, json.dumps(value, indent=2, sort_keys=sort_keys, ensure_ascii=False) + "\n")
 
 
 def tokenizer_rows(path):
     """How many ids the tokenizer can produce: the largest one plus 1."""
-    with open(path, encoding="utf-8") as file:
-        tokenizer = json.load(file)
-    ids = [*tokenizer["model"]["vocab"].values(), *(token["id"] for token in tokenizer.get("added_tokens", []))]
-    return max(ids) + 1
+    try:
+        return 1 + max(tokenizers.Tokenizer.from_file(str(path)).get_vocab().values())
+    except Exception as e:  # the library raises bare Exception
+        raise cli.InputError(f"{path}: not a tokenizer: {cli.first_line(e)}") from e
+
+
+def save(path, tensors):
+    cli.write_whole(path, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
 
 
 def begin(out):
@@ -293,26 +263,26 @@ def begin(out):
     return partial
 
 
-def progress_bar(total, out):
-    return tqdm(total=total, unit="B", unit_scale=True, desc=out.name)
-
-
 def write_checkpoint(size, out, tokenizer, seed=0, layout="lmms-lab"):
     """Write the folder `out`; it appears under its name only when it is complete. -> (tensors, bytes of tensors)"""
     rows = tokenizer_rows(tokenizer)
     vocab_size = size.vocab_size or -(-rows // 64) * 64
     if rows > vocab_size:
-        raise ValueError(f"{tokenizer} has {rows} ids, the embedding of this size only {vocab_size} rows")
+        raise cli.InputError(f"{tokenizer} has {rows} ids, the embedding of this size only {vocab_size} rows")
     shapes, config = tensor_shapes(size, vocab_size), model_config(size, vocab_size)
     if layout == "llava-hf":
         shapes = {llava_hf_name(name): shape for name, shape in shapes.items()}
         config = llava_hf_config(size, vocab_size)
     files, total = shards(shapes), sum(math.prod(s) for s in shapes.values()) * 2
-    partial, bar = begin(out), progress_bar(total, out)
+    partial, bar = begin(out), tqdm(total=len(shapes), unit="tensor", desc=out.name)
     generator, weight_map = torch.Generator().manual_seed(seed), {}
     for i, part in enumerate(files, start=1):
         name = "model.safetensors" if len(files) == 1 else f"model-{i:05d}-of-{len(files):05d}.safetensors"
-        write_safetensors(partial / name, part, lambda n: random_pieces(n, shapes[n], generator), bar=bar)
+        tensors = {}
+        for tensor, shape in part.items():
+            tensors[tensor] = random_tensor(tensor, shape, generator)
+            bar.update()
+        save(partial / name, tensors)
         weight_map.update(dict.fromkeys(part, name))
     if len(files) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -325,7 +295,7 @@ def write_checkpoint(size, out, tokenizer, seed=0, layout="lmms-lab"):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__)
     parser.add_argument("--size", choices=SIZES, required=True, help="whose shapes; tiny: the same names, toy size")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist yet")
     parser.add_argument("--tokenizer", type=Path, required=True, help="Qwen2's tokenizer.json, to copy (tiny: any)")
@@ -334,16 +304,11 @@ def main():
     args = parser.parse_args()
     out = args.out.resolve()
     if out.exists():
-        parser.error(f"{args.out} exists: name a new folder")
-    if not args.tokenizer.is_file():
-        parser.error(f"no file {args.tokenizer}")
+        raise cli.InputError(f"{args.out} exists: name a new folder")
     start = time.time()
-    try:
-        count, total = write_checkpoint(SIZES[args.size], out, args.tokenizer, args.seed, args.layout)
-    except (KeyError, ValueError) as error:  # a tokenizer.json that is none, or too large
-        parser.error(f"{args.tokenizer}: {error}")
+    count, total = write_checkpoint(SIZES[args.size], out, args.tokenizer, args.seed, args.layout)
     print(f"{args.out}: {count} tensors, {total:,} bytes, {time.time() - start:.0f} s")
 
 
 if __name__ == "__main__":
-    main()
+    cli.run_program(main)

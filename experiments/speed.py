@@ -6,7 +6,8 @@
 
 Needs transformers. Each round starts four processes in turn: the machine's limits, cli.py
 without fusion, transformers, cli.py with a fresh `cli` fusion; so noise meets all of them, and peak memory is each
-one's own. A process takes medians of its repeats, the table medians of the rounds. transformers runs with SDPA and,
+one's own. A process takes medians of its repeats, the table medians of the rounds, of a ratio too: the median of what
+it was in each round, with the lowest and the highest. transformers runs with SDPA and,
 figure by figure, with its dynamic or its static cache, whichever was faster (the large picture, cold start and memory:
 the dynamic one). Both sides go through generate(), greedy.
 
@@ -23,8 +24,8 @@ multiply every weight with every token, and every query with the keys before it.
 copy bandwidth, a picture of 1152 x 1152 pixels (7,371 visual tokens) is read too, and cli.py's ways to attend
 (flash-attn, varlen_attn, SDPA) are compared on it.
 
-Writes experiments/results/speed-SIZE-DEVICE-DTYPE.jsonl: the machine, then a line a process as it ends, then a line a
-figure and a line a target. A run that was stopped starts anew.
+Writes speed-SIZE-DEVICE-DTYPE.jsonl in out/speed, with --readme in experiments/results: the machine, then a line a
+process as it ends, then a line a figure and a line a target. A run that was stopped starts anew.
 """
 import argparse
 import dataclasses
@@ -140,25 +141,26 @@ def work(model, lengths=(), tokens=0, crops=0):
 def measure_limits(args, device, dtype):
     model = load_ours(args, device, dtype)
     read, D, result = work(model)[0], model.config.decoder.hidden_size, {}
-    for figure, lengths in lengths_of(args).items():
+    for figure, lengths in lengths_of(args.steps).items():
         result["read " + figure] = work(model, lengths)[0]
     for figure, grid in (("prefill", 1), ("prefill_large", 3)):
         _, result["operations " + figure], vision = work(model, (), picture(grid)[1] + len(TEXT), 1 + grid**2)
         result.setdefault("operations vision", vision)
     del model  # what follows takes as much memory as its weights do
     floor = 2**28 if args.size != "nano" else 2**26  # more than any cache holds
-    a = torch.ones(max(read, floor) // dtype.itemsize // D, D, device=device, dtype=dtype)
-    x, (to, of, *_) = torch.ones(1, D, device=device, dtype=dtype), a.split(len(a) // 2)
+    # random values: on constant ones a GPU draws less power and runs faster
+    a = torch.randn(max(read, floor) // dtype.itemsize // D, D, device=device, dtype=dtype)
+    x, (to, of, *_) = torch.randn(1, D, device=device, dtype=dtype), a.split(len(a) // 2)
     n = 8192 if device.type == "cuda" else 2048
-    square = torch.ones(n, n, device=device, dtype=dtype)
+    square = torch.randn(n, n, device=device, dtype=dtype)
     return {**result, "copy": 2 * of.nbytes / timed(lambda: to.copy_(of), device, 5),
             "matvec": a.nbytes / timed(lambda: torch.nn.functional.linear(x, a), device, 5),
             "matmat": 2 * n**3 / timed(lambda: square @ square, device, 5)}
 
 
-def lengths_of(args):
+def lengths_of(steps):
     """Cached lengths of each decode figure."""
-    return {"decode": [picture(1)[1] + len(TEXT) + args.steps // 2], "decode_long": [LONG],
+    return {"decode": [picture(1)[1] + len(TEXT) + steps // 2], "decode_long": [LONG],
             "batch_8": cached(8, BATCHED), "batch_32": cached(32, BATCHED)}
 
 
@@ -186,7 +188,8 @@ def measure_ours(args, device, dtype, fusion):
     small, count = picture(1)
     runs = [generate([prompt], [[small]]) for _ in range(3)]
     result |= {"cold": result["load"] + runs[0][0][0], "peak": cli.peak_memory(device), "first": runs[0][1][0],
-               "prefill": median(times[0] for times, _ in runs[1:]), "decode": median(rate(t) for t, _ in runs)}
+               "prefill": median(times[0] for times, _ in runs[1:]),
+               "decode": median(rate(times) for times, _ in runs[1:])}
     with torch.inference_mode():
         tokens = torch.tensor(prompt, device=device)
         stream = Stream(tokens, [small], [len(prompt)], None, model.config)
@@ -195,7 +198,7 @@ def measure_ours(args, device, dtype, fusion):
             large = picture(3)[0]
             result["prefill_large"] = timed(lambda: generate_one(model, prompt, large), device)
             result |= compare_attention(model, tokens, large, device)
-    for figure, lengths in list(lengths_of(args).items())[1:]:
+    for figure, lengths in list(lengths_of(args.steps).items())[1:]:
         result[figure] = on_filled_cache(lengths)
         gc.collect()
     return result
@@ -291,7 +294,7 @@ def measure_transformers(args, device, dtype):
         if device.type == "cuda":
             large = inputs(3)
             result["prefill_large"] = timed(lambda: generate(dict(large), new_cache(False, 0), 1), device)
-        for figure, lengths in list(lengths_of(args).items())[1:]:
+        for figure, lengths in list(lengths_of(args.steps).items())[1:]:
             result[figure] = max(on_filled_cache(lengths, static) for static in (False, True))
             gc.collect()
     return result
@@ -316,24 +319,31 @@ def least_time(figure, limits, device):
     return kind and limits["read " + figure] / limits["copy" if device.type == "cuda" else "matvec"]
 
 
-def targets(m, device):
+def ratios(samples, figure, a="none", b="transformers"):
+    """What a figure of side a is to side b's, in each round."""
+    return [x[figure] / y[figure] for x, y in zip(samples[a], samples[b])]
+
+
+def targets(samples, m, device):
     """[(what, value, bound)]: value must be at least bound, or at most -bound where bound is negative."""
-    ours, theirs, both = m["none"], m["transformers"], m["cli"]
-    cuda, itemsize = device.type == "cuda", m["itemsize"]
-    added = (both["parameters"] - ours["parameters"]) * 1e6 * itemsize / 2**30
-    rows = [("decode at 1,500: x transformers", ours["decode"] / theirs["decode"], 2 if cuda else 1.8),
+    def ratio(*of):
+        return median(ratios(samples, *of))
+
+    ours, both, cuda = m["none"], m["cli"], device.type == "cuda"
+    added = (both["parameters"] - ours["parameters"]) * 1e6 * m["itemsize"] / 2**30
+    rows = [("decode at 1,500: x transformers", ratio("decode"), 2 if cuda else 1.8),
             ("decode at 1,500: % of the limit", m["share"]["decode"], 85 if cuda else 75)]
     if cuda:
-        rows += [("large prefill: x transformers", theirs["prefill_large"] / ours["prefill_large"], 1.2),
+        rows += [("large prefill: x transformers", 1 / ratio("prefill_large"), 1.2),
                  ("large prefill: % of the limit", m["share"]["prefill_large"], 60)]
     else:
-        rows += [("prefill: time / transformers'", ours["prefill"] / theirs["prefill"], -0.8),
+        rows += [("prefill: time / transformers'", ratio("prefill"), -0.8),
                  ("batch of 8: x single sequence", ours["batch_8"] / ours["decode"], 3)]
     return [*rows,
-            ("load: time / transformers'", ours["load"] / theirs["load"], -0.5),
-            ("peak memory / transformers'", ours["peak"] / theirs["peak"], -1),
-            ("cli over none: prefill", both["prefill"] / ours["prefill"], -1.05),
-            ("cli over none: decode (2 % noise)", both["decode"] / ours["decode"], 0.98),
+            ("load: time / transformers'", ratio("load"), -0.5),
+            ("peak memory / transformers'", ratio("peak"), -1),
+            ("cli over none: prefill", ratio("prefill", "cli", "none"), -1.05),
+            ("cli over none: decode (2 % noise)", ratio("decode", "cli", "none"), 0.98),
             ("cli over none: peak memory without the added parameters", (both["peak"] - added) / ours["peak"], -1.013)]
 
 
@@ -341,25 +351,30 @@ def show(value):
     return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
 
 
-def targets_table(m, device):
+def targets_table(samples, m, device):
     """Markdown: what of it was reached."""
     rows = [[what, show(value), f"{'at most' if bound < 0 else 'at least'} {abs(bound):g}",
              "met" if (value <= -bound if bound < 0 else value >= bound) else "not met"]
-            for what, value, bound in targets(m, device)]  # fmt: skip
+            for what, value, bound in targets(samples, m, device)]  # fmt: skip
     return markdown(["our target", "reached", "wanted", ""], rows)
 
 
-def table(m, head):
+def table(samples, m, head):
     """Markdown: the figures, and what they were measured on."""
-    rows = []
+    rows, noise = [], []
     for figure, (what, unit, _) in FIGURES.items():
         if figure not in m["none"]:
             continue
         ours, theirs, both = (m[side][figure] for side in ("none", "transformers", "cli"))
-        better = ours / theirs if unit == "tokens/s" else theirs / ours
+        better = ratios(samples, figure)
+        better = sorted(better if unit == "tokens/s" else [1 / x for x in better])
+        if unit == "tokens/s":
+            noise += ratios(samples, figure, "cli", "none")
+        low, middle, high = (f"{x:.2f}" for x in (better[0], median(better), better[-1]))
         share = f"{m['share'][figure]:.0f}" if figure in m["share"] else ""
-        rows.append([what, unit, show(ours), show(theirs), f"{better:.2f}", share, show(both)])
-    lines = markdown(["figure", "unit", "`cli.py`", "transformers", "ratio", "% of the limit",
+        rows.append([what, unit, show(ours), show(theirs), middle if low == high else f"{middle} ({low} to {high})",
+                     share, show(both)])
+    lines = markdown(["figure", "unit", "`cli.py`", "transformers", "ratio (lowest to highest)", "% of the limit",
                       "with `--fusion cli`"], rows)  # fmt: skip
     for name in ("sdpa", "varlen_attn", "flash_attn"):
         if f"attend {name}" in m["none"]:
@@ -371,7 +386,8 @@ def table(m, head):
             f"{head['commit'][:16]}{head['commit'][40:]}; {head['rounds']} rounds. "
             f"Limits: copy {limits['copy'] / 1e9:.1f} GB/s, "
             f"matrix-vector {limits['matvec'] / 1e9:.1f} GB/s, matrix-matrix {limits['matmat'] / 1e9:,.0f} GFLOP/s. "
-            f"{'The same' if same else 'Not the same'} first token on both sides."]
+            f"{'The same' if same else 'Not the same'} first token on both sides. Decoding is the same code with and "
+            f"without fusion; in one round its rates differed by a factor of {min(noise):.2f} to {max(noise):.2f}."]
 
 
 def in_process(side, args):
@@ -386,24 +402,43 @@ def in_process(side, args):
 
 def prepare(args):
     """The checkpoint, in llava-hf's layout, which both sides read, in the page cache."""
+    size = SIZES["tiny" if args.size == "nano" else args.size]
     if not args.folder.is_dir():
-        size = SIZES["tiny" if args.size == "nano" else args.size]
         write_checkpoint(size, args.folder, HERE / "assets/nano/tokenizer.json", layout="llava-hf")
+    found = cli.read_json(args.folder / "config.json").get("text_config", {}).get("hidden_size")
+    if found != size.hidden:
+        raise InputError(f"{args.folder}: a decoder of width {found}, but --size {args.size} has {size.hidden}")
     for path in args.folder.glob("*.safetensors"):
         with open(path, "rb") as file:
             while file.read(2**24):
                 pass
 
 
+def medians(samples, device, dtype):
+    """What every round measured -> {side: {figure: median}}, with "share": {figure: % of the limit}."""
+    m = {side: {key: median(x[key] for x in some) for key in some[0]} for side, some in samples.items()}
+    for side in SIDES[1:]:
+        m[side]["first"] = [x["first"] for x in samples[side]]  # an id has no median
+    m |= {"share": {}, "itemsize": dtype.itemsize}
+    for figure, (_, unit, _) in FIGURES.items():
+        if figure in m["none"] and (least := least_time(figure, m["limits"], device)):
+            value = m["none"][figure]
+            steps = value / len(lengths_of(0)[figure]) if unit == "tokens/s" else 1 / value
+            m["share"][figure] = 100 * least * steps  # of these a second
+    return m
+
+
 def run(args, device, dtype):
-    """All rounds -> (machine and settings, {side: {figure: median}}); every line goes to the results as it comes."""
+    """All rounds -> (machine and settings, {side: [figures of a round]}, their medians); every line goes to the results
+    as it comes."""
     machine = torch.cuda.get_device_name() if device.type == "cuda" else processor()
     versions = {name: version(name) for name in ("torch", "transformers")}
     head = {"size": args.size, "device": device.type, "dtype": str(dtype).removeprefix("torch."), "machine": machine,
             "threads": torch.get_num_threads(), "python": platform.python_version(), **versions, "commit": commit(),
             "rounds": args.rounds}
-    path = HERE / f"experiments/results/speed-{args.size}-{device.type}-{head['dtype']}.jsonl"
-    path.parent.mkdir(exist_ok=True)
+    folder = HERE / ("experiments/results" if args.readme else "out/speed")  # a published table's file, or another
+    path = folder / f"speed-{args.size}-{device.type}-{head['dtype']}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")  # a run that is killed leaves the file of the one before
     with open(part, "w", encoding="utf-8") as file:
         def write(line):
@@ -416,29 +451,21 @@ def run(args, device, dtype):
                 samples[side].append(in_process(side, args))
                 write({"round": n, "side": side, **samples[side][-1]})
                 print(f"round {n + 1} of {args.rounds}: {side} done", file=sys.stderr)
-        m = {side: {key: median(x[key] for x in some) for key in some[0]} for side, some in samples.items()}
-        for side in SIDES[1:]:
-            m[side]["first"] = [x["first"] for x in samples[side]]  # an id has no median
-        m |= {"share": {}, "itemsize": dtype.itemsize}
+        m = medians(samples, device, dtype)
         for figure, (what, unit, _) in FIGURES.items():
-            if figure not in m["none"]:
-                continue
-            least = least_time(figure, m["limits"], device)
-            values = {side: m[side][figure] for side in SIDES[1:]}
-            if least:
-                steps = values["none"] / len(lengths_of(args)[figure]) if unit == "tokens/s" else 1 / values["none"]
-                m["share"][figure] = 100 * least * steps  # of these a second
-            write({"figure": figure, "what": what, "unit": unit, **values, "percent_of_limit": m["share"].get(figure)})
-        for what, value, bound in targets(m, device):
-            write({"target": what, "reached": value, "wanted": bound})
+            if figure in m["none"]:
+                write({"figure": figure, "what": what, "unit": unit, **{side: m[side][figure] for side in SIDES[1:]},
+                       "percent_of_limit": m["share"].get(figure)})
+        for what, value, bound in targets(samples, m, device):
+            write({"target": what, "reached": value, "at most" if bound < 0 else "at least": abs(bound)})
     part.replace(path)
-    return head, m
+    return head, samples, m
 
 
 def main():
     parser = cli.Parser(description=__doc__)
     parser.add_argument("--size", choices=("nano", "0.5b", "7b"), default="0.5b", help="of the random model")
-    parser.add_argument("--device", default="auto", help="cpu, cuda or auto (default)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, mps or auto (default)")
     parser.add_argument("--dtype", choices=("auto", *cli.DTYPES), default="auto", help="default: what the device likes")
     parser.add_argument("--rounds", type=int, default=3, help="each round measures every side once (default 3)")
     parser.add_argument("--folder", type=Path, help="where the checkpoint is or shall be (default: made, then removed)")
@@ -462,9 +489,9 @@ def main():
     with tempfile.TemporaryDirectory() as temporary:
         args.folder = args.folder or Path(temporary) / args.size
         prepare(args)
-        head, m = run(args, device, dtype)
-    lines = table(m, head)
-    print("\n".join([*lines, "", *targets_table(m, device)]))
+        head, samples, m = run(args, device, dtype)
+    lines = table(samples, m, head)
+    print("\n".join([*lines, "", *targets_table(samples, m, device)]))
     if args.readme:
         put_between_marks(args.readme, {mark: lines})
 

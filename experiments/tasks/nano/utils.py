@@ -30,20 +30,23 @@ def write_questions(path=HERE / "questions.jsonl", data="data/emoji", step=23, c
     import cli
     from train import Rows
 
-    tokenizer = cli.Tokenizer.from_folder(data)
-    with open(path, "w", encoding="utf-8") as file:
-        for split in VALIDATION:
-            rows = Rows(data, split, cli.Config())
-            for number in range(0, step * count, step):
-                tokens, marks, (picture,) = rows[number]
-                # the user's turn: the picture's place, "\n", the question; then <|im_end|> and what opens the answer
-                first = tokens.tolist().index(cli.IMAGE_TOKEN) + 1
-                text = tokenizer.backend.decode(tokens[first:].tolist(), skip_special_tokens=False)
-                question, answer = text.removeprefix("\n").split("<|im_end|>")[0], tokens[marks == 1].tolist()
-                line = {"split": split, "row": number, "kind": rows.kinds[number], "question": question,
-                        "answer": tokenizer.decode(answer).strip(), "picture": picture.decode()}  # fmt: skip
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    tokenizer, lines = cli.Tokenizer.from_folder(data), []
+    for split in VALIDATION:
+        rows = Rows(data, split, cli.Config())
+        if len(rows) <= step * (count - 1):
+            raise cli.InputError(f"{data}: {split} has {len(rows)} rows, fewer than {step * (count - 1) + 1}")
+        for number in range(0, step * count, step):
+            tokens, marks, (picture,) = rows[number]
+            # the user's turn: the picture's place, "\n", the question; then <|im_end|> and what opens the answer
+            first = tokens.tolist().index(cli.IMAGE_TOKEN) + 1
+            text = tokenizer.backend.decode(tokens[first:].tolist(), skip_special_tokens=False)
+            question, answer = text.removeprefix("\n").split("<|im_end|>")[0], tokens[marks == 1].tolist()
+            lines.append({"split": split, "row": number, "kind": rows.kinds[number], "question": question,
+                          "answer": tokenizer.decode(answer).strip(), "picture": picture.decode()})  # fmt: skip
+    cli.write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 if __name__ == "__main__":
-    write_questions()
+    import cli
+
+    cli.run_program(write_questions)
