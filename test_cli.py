@@ -1084,6 +1084,7 @@ def test_attention_asks_a_gpu_for_the_same(kernel, monkeypatch):
         out = [plain(*part, is_causal=True, enable_gqa=True) for part in heads]
         return torch.cat([x[0].transpose(0, 1) for x in out])
 
+    monkeypatch.setattr(cli, "CPU_BFLOAT16", False)  # such a tensor's device is a CPU, which would compute by itself
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     monkeypatch.setattr(cli, "flash_attn_varlen_func", None)
