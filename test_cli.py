@@ -45,7 +45,19 @@ import prepare_data
 import sample
 import train
 from assets.emoji import scenes
-from cli import CLI, IGNORE, IMAGE_TOKEN, PRESETS, Config, DecoderConfig, FusionConfig, InputError, VisionConfig
+from cli import (
+    CLI,
+    CLIP_MEAN,
+    CLIP_STD,
+    IGNORE,
+    IMAGE_TOKEN,
+    PRESETS,
+    Config,
+    DecoderConfig,
+    FusionConfig,
+    InputError,
+    VisionConfig,
+)
 from experiments import fusion as study
 from experiments import fusion_probe, fusion_report, one_kind, speed
 from experiments.tasks.nano import utils as nano_task
@@ -112,7 +124,7 @@ def llava15():
 
 
 # Names in the memory of transformers 5 -> names in the files (column A, B and C of the published layouts).
-RENAMES = {
+PUBLISHED_NAMES = {
     "original": [
         ("model.language_model.", "model."),
         ("model.vision_tower.", "model.vision_tower.vision_tower.vision_model."),
@@ -129,7 +141,7 @@ RENAMES = {
     "hf-new": [("model.vision_tower.", "model.vision_tower.vision_model.")],
     "in-memory": [],
 }
-LAYOUTS = [*RENAMES, "saved"]  # "saved": whatever transformers' own save_pretrained writes today
+LAYOUTS = [*PUBLISHED_NAMES, "saved"]  # "saved": whatever transformers' own save_pretrained writes today
 
 
 def published_tensors(reference, layout):
@@ -138,7 +150,7 @@ def published_tensors(reference, layout):
     for name, tensor in reference.state_dict().items():
         if name == "lm_head.weight" and reference.config.tie_word_embeddings:
             continue
-        for prefix, new in RENAMES[layout]:
+        for prefix, new in PUBLISHED_NAMES[layout]:
             if name.startswith(prefix):
                 name = new + name[len(prefix) :]
                 break
@@ -210,6 +222,11 @@ def write_reference(folder, reference, layout, **kwargs):
             tensors[f"model.layers.{i}.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
         return write(folder, config, tensors, **kwargs)
     return write(folder, original_config(reference), tensors, **kwargs)
+
+
+def lines_of(path):
+    """The objects of a JSONL file. Not by splitlines(), to which U+2028 within a text is an end too."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def load(folder, **kwargs):
@@ -409,7 +426,7 @@ def test_bare_decoder_logits(kind, tmp_path):
 
 # From 64x48 on the tiles are shrunk, those of 99x36 just so; 74x74 needs the original's floor division of floats.
 SIZES = [(18, 18), (1, 1), (30, 20), (20, 30), (100, 20), (108, 7), (5, 108), (64, 48), (108, 108), (97, 53), (74, 74),
-         (99, 36)]  # fmt: skip
+         (99, 36)]
 
 
 @pytest.mark.parametrize("size", SIZES, ids="{0[0]}x{0[1]}".format)
@@ -516,9 +533,6 @@ def test_pixels_equal_transformers_onevision(size):
     ours = cli.prepare_image(image, config, several=True)
     assert ours.grid is None and len(ours.crops) == 1
     assert closeness(ours.crops[0], theirs.flatten(0, -4)[0]) < 1e-6
-
-
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 @pytest.mark.parametrize("size", SIZES, ids="{0[0]}x{0[1]}".format)
@@ -730,7 +744,7 @@ def slow_forward(model, reference, tokens, pictures, context):
 
 
 ROUTES = ((0, (4, 1)), (2, (0, 1, 3)))
-OPTIONS = [
+FUSIONS = [
     dict(),
     dict(gate="vector"),
     dict(gate="none"),
@@ -772,7 +786,7 @@ def check_fusion(model, reference):
                 assert weights[l].std() > 1e-4 and 0.01 < weights[l].mean() < 0.99, "equal or saturated: shows little"
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: " ".join(f"{k}={v}" for k, v in o.items()) or "defaults")
+@pytest.mark.parametrize("options", FUSIONS, ids=lambda o: " ".join(f"{k}={v}" for k, v in o.items()) or "defaults")
 def test_fusion_equals_the_slow_equations(options, base):
     """With every option, logits and W equal eq. 4-9 written with nn.MultiheadAttention and loops."""
     defaults = dict(routes=ROUTES, projector="lora", gate="scalar", lora_rank=3, lora_alpha=5)
@@ -938,10 +952,10 @@ def test_layer_lists_and_presets():
     assert cli.parse_layers("0,2,5") == [0, 2, 5]
     first, sampled = range(7), (1, 5, 9, 13, 17, 21, 25)
     routes = {"none": (), "deepstack": tuple((l, (26,)) for l in first),
-              "sli": tuple((l, (k,)) for l, k in zip(first, sampled))}  # fmt: skip
+              "sli": tuple((l, (k,)) for l, k in zip(first, sampled))}
     parts = {"none": ("shared", "none"), "deepstack": ("shared", "none"), "sli": ("full", "none"),
              "amp": ("lora", "none"), "agf": ("shared", "scalar"), "cli": ("lora", "scalar"),
-             "full_amp": ("full", "none"), "full_amp_agf": ("full", "scalar")}  # fmt: skip
+             "full_amp": ("full", "none"), "full_amp_agf": ("full", "scalar")}
     assert set(PRESETS) == set(parts)
     for name in PRESETS:
         fusion = cli.fusion_preset(name, 28, 26, "RANGE-1-28-4", "RANGE-1-26-4")
@@ -953,7 +967,7 @@ def test_layer_lists_and_presets():
     assert dataclasses.asdict(cli.FusionConfig()) == dict(  # README, "Choices where the paper is silent"
         routes=(), projector="shared", gate="none", lora_rank=128, lora_alpha=256.0, lora_per="pair", agf_heads=0,
         agf_attention="shared", agf_order="sequential", agf_context="prompt", inject_at="input", gate_bias_init=0.0,
-        agf_norm=False, level_norm=False)  # fmt: skip
+        agf_norm=False, level_norm=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1730,12 +1744,12 @@ def test_foreign_tensors_with_a_key_map(tmp_path):
     check_foreign(tmp_path / "odd", model, key_map)
     split = preset("cli", lora_alpha=8.0, agf_attention="split")
     model = foreign_checkpoint(tmp_path / "split", split, "model.gates.{l}.{rest}", "model.amp.{l}.{k}.{side}.weight",
-                               second="query_h")  # fmt: skip
+                               second="query_h")
     patterns = [[r"^model\.gates\.(\d+)\.", r"agf.\1."], ["query_visual", "query_v"]]
     check_foreign(tmp_path / "split", model, {"patterns": patterns, "lora_alpha": 8.0})
     full = preset("full_amp_agf", lora_rank=128, lora_per="level")
     model = foreign_checkpoint(tmp_path / "full", full, "model.gates.{l}.{rest}", "model.levels.{k}.{rest}",
-                               second="query_h")  # fmt: skip
+                               second="query_h")
     patterns.append([r"^model\.levels\.(\d+)\.", r"amp.\1."])
     check_foreign(tmp_path / "full", model, {"patterns": patterns, "lora_alpha": 256.0})
 
@@ -1744,7 +1758,7 @@ def test_foreign_tensors_without_a_key_map(tmp_path):
     """Without the patterns they are an error that lists them in groups with shapes, none dropped in silence."""
     foreign_checkpoint(tmp_path, preset("cli"), **ODD_NAMES)
     fails(lambda: load(tmp_path), "query_visual", "query_hidden", "attn.in_proj_weight", f"[{3 * WIDTH}, {WIDTH}]",
-          "bridge")  # fmt: skip
+          "bridge")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1772,7 +1786,7 @@ def test_errors_of_pictures(tmp_path, monkeypatch):
     Image.new("1", (12_000, 12_000)).save(tmp_path / "huge.png")
     program = "import cli; cli.run_program(lambda: cli.load_image('huge.png'))"
     told = subprocess.run([sys.executable, "-c", program], stderr=-1, text=True, cwd=tmp_path,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)}).stderr  # fmt: skip
+                          env={**os.environ, "PYTHONPATH": str(ROOT)}).stderr
     assert "huge.png" in told and "128,000,000" in told and told.count("\n") == 1, "no warning of Pillow's beside it"
     monkeypatch.setattr(cli, "MAX_PIXELS", 100)
     monkeypatch.setattr(cli.ImageOps, "exif_transpose", None)  # refused before anything is decoded
@@ -1792,7 +1806,7 @@ def test_hub_ids(base, monkeypatch):
     assert load("some/model").config == load(base).config
     assert asked == [("some/model", "*.json", "*.safetensors")]
     assert cli.fetch("some/other") == base and asked[1:] == [
-        ("some/other", "*.json", "*.safetensors"), ("some/other", "*.json", "pytorch_model*.bin")]  # fmt: skip
+        ("some/other", "*.json", "*.safetensors"), ("some/other", "*.json", "pytorch_model*.bin")]
 
 
 def test_generation_config_is_read(tmp_path):
@@ -1850,7 +1864,7 @@ def test_errors_of_foreign_configs(tmp_path):
                          ({"text_config": "x"}, "config.json"), ({"vision_config": {"hidden_act": "gelu"}}, "gelu"),
                          ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "yarn"),
                          ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "llama3"),
-                         ({"sliding_window": 8, "use_sliding_window": True}, "8")):  # fmt: skip
+                         ({"sliding_window": 8, "use_sliding_window": True}, "8")):
         fails(lambda fields=fields: load(write(tmp_path, raw | fields, tensors)), told)
     write(tmp_path, raw, tensors)
     foreign_checkpoint(tmp_path / "foreign", preset("cli"), **FOREIGN["levels in the names"][1])
@@ -1869,7 +1883,7 @@ def test_errors_of_foreign_configs(tmp_path):
     ("fusion", {"routes": [["a", [1]]]}), (None, {"eos_token_ids": 7}), (None, {"template": "chatml"}),
     (None, {"grid_pinpoints": [[27, 18]]}), (None, {"grid_pinpoints": [[18]]}), (None, {"grid_pinpoints": "(1x1)"}),
     (None, {"decoder": None}), ("vision", {"patch_size": 0}), ("decoder", {"num_hidden_layers": -1}),
-])  # fmt: skip
+])
 def test_errors_of_our_own_config(part, fields):
     """A wrong type or value in our own config.json is one line, before anything is computed with it."""
     d = json.loads(json.dumps(tiny_config(preset("cli")).to_dict()))
@@ -1901,14 +1915,14 @@ def test_errors_of_keys(tmp_path):
     tensors["image_newline"] = torch.ones(WIDTH)  # two names of one tensor: neither wins in silence
     write(tmp_path, original_config(onevision()), tensors)
     fails(lambda: load(tmp_path), "1.self_attn.q_proj.bias", "2.mlp.down_proj.weight", "3.surprise.weight", "projector",
-          "48", "[7, 3]", f"image_newline [{WIDTH}]")  # fmt: skip
+          "48", "[7, 3]", f"image_newline [{WIDTH}]")
 
 
     assert [*cli.grouped(["a.1.b", "a.2.b", "a.3.b"]), *cli.grouped(["a.1.b", "a.5.b"])] == ["a.{1..3}.b", "a.{1,5}.b"]
     assert [*cli.grouped([f"a.{i}.b" for i in range(12)])] == ["a.{0..11}.b"]
     whole = published_tensors(onevision(), "original")
     for lost, told in (("position_embedding.weight", "position_embedding"), ("layers.0.mlp.fc1.weight", "fc1"),
-                       ("patch_embedding.weight", "unexpected")):  # fmt: skip
+                       ("patch_embedding.weight", "unexpected")):
         write(tmp_path, original_config(onevision()), {k: v for k, v in whole.items() if not k.endswith(lost)})
         fails(lambda: load(tmp_path), told)
 
@@ -2042,7 +2056,7 @@ def test_run_program(capsys):
         cli.run_program(broken)
     program = "import cli; cli.run_program(lambda: print('世界'))"
     shown = subprocess.run([sys.executable, "-c", program], stdout=-1, cwd=ROOT, check=True,
-                           env={**os.environ, "PYTHONIOENCODING": "ascii"}).stdout  # fmt: skip
+                           env={**os.environ, "PYTHONIOENCODING": "ascii"}).stdout
     assert shown.split() == [rb"\u4e16\u754c"], "what the output cannot hold is no traceback"
     with pytest.MonkeyPatch.context() as patch:  # closed by whoever started the program
         for name in ("stdin", "stdout"):
@@ -2069,7 +2083,7 @@ def test_a_file_that_cannot_be_written_is_one_line(tmp_path, capsys):
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
     try:
         for write in (lambda path: cli.save_file(tensors, path), lambda path: torch.save(tensors, path),
-                      lambda path: path.write_bytes(bytes(200_000))):  # fmt: skip
+                      lambda path: path.write_bytes(bytes(200_000))):
             fails(lambda write=write: cli.write_whole(tmp_path / "file", write), "cannot be written")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
@@ -2162,7 +2176,7 @@ def test_half_precision(dtype, options, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def asked(tmp_path_factory, qwen):
+def sample_model(tmp_path_factory, qwen):
     """A saved tiny fused model that knows the chat template, and a picture beside it."""
     folder = tmp_path_factory.mktemp("sample")
     config = tiny_config(preset("cli"), eos_token_ids=(qwen[0].id("<|im_end|>"),))
@@ -2209,44 +2223,44 @@ def test_sample_without_arguments(monkeypatch, capsys):
     assert out == "orange\n"
 
 
-def test_sample_passes_its_options_on(asked, monkeypatch, capsys):
+def test_sample_passes_its_options_on(sample_model, tmp_path, monkeypatch, capsys):
     """Every flag of sampling reaches generate(), in a batch too, and every flag of the model from_pretrained()."""
     calls, loads, load = [], [], CLI.from_pretrained
     monkeypatch.setattr(CLI, "generate", lambda model, *options: calls.append(options) or iter(()))
     monkeypatch.setattr(CLI, "from_pretrained", lambda *args, **kw: loads.append((args, kw)) or load(*args))
-    (asked / "one.jsonl").write_text('{"prompt": "x"}')
-    for question in (["--prompt", "x"], ["--batch", asked / "one.jsonl", "--out", asked / "one_out.jsonl"]):
-        run_sample(monkeypatch, capsys, "--model", asked, *question, "--max-new-tokens", 3, "--temperature", 0.5,
-                   "--top-k", 4, "--top-p", 0.6, "--repetition-penalty", 1.7, "--seed", 8)  # fmt: skip
+    (tmp_path / "one.jsonl").write_text('{"prompt": "x"}')
+    for question in (["--prompt", "x"], ["--batch", tmp_path / "one.jsonl", "--out", tmp_path / "one_out.jsonl"]):
+        run_sample(monkeypatch, capsys, "--model", sample_model, *question, "--max-new-tokens", 3, "--temperature", 0.5,
+                   "--top-k", 4, "--top-p", 0.6, "--repetition-penalty", 1.7, "--seed", 8)
         assert calls.pop()[2:] == (3, 0.5, 4, 0.6, 1.7, 8, None)
-    run_sample(monkeypatch, capsys, "--model", asked, "--prompt", "x", "--fusion", "sli", "--vision", "v", "--key-map",
-               "k", "--dtype", "bfloat16")  # fmt: skip
-    assert loads.pop() == ((str(asked),), dict(vision="v", fusion="sli", key_map="k", device=torch.device("cpu"),
-                                               dtype=torch.bfloat16))  # fmt: skip
+    run_sample(monkeypatch, capsys, "--model", sample_model, "--prompt", "x", "--fusion", "sli", "--vision", "v",
+               "--key-map", "k", "--dtype", "bfloat16")
+    assert loads.pop() == ((str(sample_model),), dict(vision="v", fusion="sli", key_map="k", dtype=torch.bfloat16,
+                                                      device=torch.device("cpu")))
     calls.clear()
-    (asked / "more.jsonl").write_text('{"prompt": "x"}\n' * 5)  # no two batches, no two turns draw the same noise
-    run_sample(monkeypatch, capsys, "--model", asked, "--batch", asked / "more.jsonl", "--out", asked / "more.out",
-               "--batch-size", 2, "--seed", 8)  # fmt: skip
+    (tmp_path / "more.jsonl").write_text('{"prompt": "x"}\n' * 5)  # no two batches, no two turns draw the same noise
+    run_sample(monkeypatch, capsys, "--model", sample_model, "--batch", tmp_path / "more.jsonl", "--out",
+               tmp_path / "more.out", "--batch-size", 2, "--seed", 8)
     assert [options[7] for options in calls] == [8, 10, 12]
     calls.clear()
     feed = lambda model, *options: calls.append(options) or options[8].lengths.__setitem__(0, 999) or iter(())  # noqa: E731
     monkeypatch.setattr(CLI, "generate", feed)
-    run_sample(monkeypatch, capsys, "--model", asked, "--seed", 8, keys=["x", "y"])
+    run_sample(monkeypatch, capsys, "--model", sample_model, "--seed", 8, keys=["x", "y"])
     assert [options[7] for options in calls] == [8, 9]
 
 
-def test_sample_stops_at_an_interrupt(asked, monkeypatch, capsys):
+def test_sample_stops_at_an_interrupt(sample_model, monkeypatch, capsys):
     """Ctrl-C during an answer: what was said so far, nothing after it, and the status of an interrupted program."""
     def interrupted(model, *options):
         yield [65]
         raise KeyboardInterrupt
 
     monkeypatch.setattr(CLI, "generate", interrupted)
-    status, out, _ = run_sample(monkeypatch, capsys, "--model", asked, "--prompt", "x")
-    assert status == 130 and out.strip() == load(asked).tokenizer.decode([65]).strip()
+    status, out, _ = run_sample(monkeypatch, capsys, "--model", sample_model, "--prompt", "x")
+    assert status == 130 and out.strip() == load(sample_model).tokenizer.decode([65]).strip()
 
 
-def test_sample_times_its_tokens(asked, monkeypatch, capsys):
+def test_sample_times_its_tokens(sample_model, monkeypatch, capsys):
     """The first token's time is the first one's, the rate that of those behind it."""
     clock = itertools.count().__next__  # a second passes whenever it is looked at
     monkeypatch.setattr(sample.time, "time", clock)
@@ -2258,45 +2272,48 @@ def test_sample_times_its_tokens(asked, monkeypatch, capsys):
             yield [i]
 
     monkeypatch.setattr(CLI, "generate", generate)
-    facts = json.loads(run_sample(monkeypatch, capsys, "--model", asked, "--prompt", "x", "--json")[1])
+    facts = json.loads(run_sample(monkeypatch, capsys, "--model", sample_model, "--prompt", "x", "--json")[1])
     assert facts["tokens"] == 5 and 3 <= facts["seconds_to_first_token"] <= 5
     assert 1 / 5 <= facts["tokens_per_second"] <= 1 / 3
 
 
-def test_sample_answers_and_draws(asked, monkeypatch, capsys):
+def test_sample_answers_and_draws(sample_model, tmp_path, monkeypatch, capsys):
     """Streamed text, --json and generate() agree; --gates draws a PNG; text alone and two pictures work."""
-    common = ["--model", asked, "--prompt", "What is this?", "--max-new-tokens", 6]
-    status, text, err = run_sample(monkeypatch, capsys, *common, "--image", asked / "a.png", "--gates", asked / "g.png")
+    shown = sample_model / "a.png"
+    common = ["--model", sample_model, "--prompt", "What is this?", "--max-new-tokens", 6]
+    status, text, err = run_sample(monkeypatch, capsys, *common, "--image", shown, "--gates", tmp_path / "g.png")
     assert status == 0 and "first token" in err and "vision level" in err
-    status, out, _ = run_sample(monkeypatch, capsys, *common, "--image", asked / "a.png", "--json")
+    status, out, _ = run_sample(monkeypatch, capsys, *common, "--image", shown, "--json")
     result = json.loads(out)
     assert status == 0 and result["answer"] == text.strip()
-    heat = Image.open(asked / "g.png")
+    heat = Image.open(tmp_path / "g.png")
     assert heat.format == "PNG" and len(heat.getcolors(1 << 20)) > 10
-    model = CLI.from_pretrained(asked, quiet=True)
-    ids, _ = cli.encode_chat(model.tokenizer, "qwen_1_5", [("user", cli.user_content("What is this?", 1))])
-    steps = list(model.generate([ids], [[Image.open(asked / "a.png")]], max_new_tokens=6))
-    assert model.tokenizer.decode([i for (i,) in steps]).strip() == result["answer"]
+    model = load(sample_model)
+
+    def said(pictures):
+        ids, _ = cli.encode_chat(model.tokenizer, "qwen_1_5", [("user", cli.user_content("What is this?", pictures))])
+        return model.tokenizer.decode(*decode(model, [ids], [[Image.open(shown)] * pictures], max_new_tokens=6)).strip()
+
+    assert said(1) == result["answer"]
     for l, ks in model.config.fusion.routes:
         weights = [result["gates"][str(l)].pop(str(k)) for k in ks]
         assert not result["gates"].pop(str(l)) and weights == pytest.approx(model.gates[l][0].tolist(), abs=1e-4)
     assert not result["gates"]
-    out = run_sample(monkeypatch, capsys, *common[:2], *common[4:], "--image", asked / "a.png", piped=common[3])[1]
+    out = run_sample(monkeypatch, capsys, *common[:2], *common[4:], "--image", shown, piped=common[3])[1]
     assert out == text, "the same question on standard input"
-    assert run_sample(monkeypatch, capsys, *common)[0] == 0
-    out = run_sample(monkeypatch, capsys, *common, "--image", asked / "a.png", "--image", asked / "a.png", "--json")[1]
-    ids, _ = cli.encode_chat(model.tokenizer, "qwen_1_5", [("user", cli.user_content("What is this?", 2))])
-    steps = list(model.generate([ids], [[Image.open(asked / "a.png")] * 2], max_new_tokens=6))
-    assert json.loads(out)["answer"] == model.tokenizer.decode([i for (i,) in steps]).strip()
+    status, out, _ = run_sample(monkeypatch, capsys, *common)
+    assert status == 0 and out.strip() == said(0) != said(1)
+    out = run_sample(monkeypatch, capsys, *common, "--image", shown, "--image", shown, "--json")[1]
+    assert json.loads(out)["answer"] == said(2)
     assert json.loads(out)["visual_tokens"] == 2 * (SIDE**2 + 1), "each one crop"
 
 
-def test_sample_streams_whole_characters(asked, monkeypatch, capsys):
+def test_sample_streams_whole_characters(sample_model, monkeypatch, capsys):
     """A character of several tokens is printed once it is whole, never as a replacement mark."""
-    ids = load(asked).tokenizer.encode("你好🙂!")
+    ids = load(sample_model).tokenizer.encode("你好🙂!")
     assert len(ids) == 6
     monkeypatch.setattr(CLI, "generate", lambda *_: ([i] for i in ids))
-    assert run_sample(monkeypatch, capsys, "--model", asked, "--prompt", "x")[1] == "你好🙂!\n"
+    assert run_sample(monkeypatch, capsys, "--model", sample_model, "--prompt", "x")[1] == "你好🙂!\n"
 
 
 def test_heat_map_shows_each_weight_in_its_place(tmp_path, monkeypatch):
@@ -2330,18 +2347,18 @@ def test_heat_map_shows_each_weight_in_its_place(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("ends", [False, True], ids=["cut off", "ends by itself"])
-def test_sample_chat_keeps_its_cache(ends, asked, tmp_path, monkeypatch, capsys):
+def test_sample_chat_keeps_its_cache(ends, sample_model, tmp_path, monkeypatch, capsys):
     """A second turn, fed behind the cache, is answered as the whole conversation fed at once."""
     keys = ["What is this?", "And why?"]
-    model = CLI.from_pretrained(asked, quiet=True)
+    model, shown = load(sample_model), sample_model / "a.png"
     ids, _ = cli.encode_chat(model.tokenizer, "qwen_1_5", [("user", cli.user_content(keys[0], 1))])
-    first = [i for (i,) in model.generate([ids], [[Image.open(asked / "a.png")]], max_new_tokens=4)]
+    (first,) = decode(model, [ids], [[Image.open(shown)]], max_new_tokens=4)
     if ends:  # a model for which the fourth token is the end mark
         assert first[3] not in first[:3]
         model.config = dataclasses.replace(model.config, eos_token_ids=(first.pop(),))
     model.save_pretrained(tmp_path)
-    common = ["--model", tmp_path, "--image", asked / "a.png", "--max-new-tokens", 4]
-    status, out, _ = run_sample(monkeypatch, capsys, *common, keys=keys)
+    status, out, _ = run_sample(monkeypatch, capsys, "--model", tmp_path, "--image", shown, "--max-new-tokens", 4,
+                                keys=keys)
     answers = out.splitlines()
     whole = ids + first + cli.encode_chat(model.tokenizer, "qwen_1_5", [("user", keys[1])], start=False)[0]
     # what is let in depends on the prompt up to the first answer alone, as in training
@@ -2351,16 +2368,16 @@ def test_sample_chat_keeps_its_cache(ends, asked, tmp_path, monkeypatch, capsys)
         while len(second) < 4:
             tokens = torch.tensor(whole + second)
             more = F.pad(context, (0, len(second)), value=False)
-            logits, _ = model(tokens, [cli.prepare_image(Image.open(asked / "a.png"), model.config)], context=more)
+            logits, _ = model(tokens, [cli.prepare_image(shown, model.config)], context=more)
             if (token := int(logits[-1].argmax())) in model.config.eos_token_ids:
                 break
             second.append(token)
     assert status == 0 and answers[:2] == [model.tokenizer.decode(first), model.tokenizer.decode(second)]
 
 
-def test_sample_chat_survives_an_interrupt(asked, monkeypatch, capsys):
+def test_sample_chat_survives_an_interrupt(sample_model, monkeypatch, capsys):
     """Ctrl-C while the picture is read drops that turn alone: the next one has the picture and the system turn."""
-    common = ["--model", asked, "--image", asked / "a.png", "--max-new-tokens", 4]
+    common = ["--model", sample_model, "--image", sample_model / "a.png", "--max-new-tokens", 4]
     expected = run_sample(monkeypatch, capsys, *common, keys=["Who?", "Why?"])[1].split()
     forward, calls = cli.VisionEncoder.forward, []
 
@@ -2375,9 +2392,9 @@ def test_sample_chat_survives_an_interrupt(asked, monkeypatch, capsys):
     assert status == 0 and len(calls) == 2 and out.split() == expected
 
 
-def test_sample_chat_goes_on_behind_a_turn_that_is_too_long(asked, monkeypatch, capsys):
+def test_sample_chat_goes_on_behind_a_turn_that_is_too_long(sample_model, monkeypatch, capsys):
     """It is told, nothing of it is kept, and the next one is answered as if it had not been."""
-    common = ["--model", asked, "--image", asked / "a.png", "--max-new-tokens", 4]
+    common = ["--model", sample_model, "--image", sample_model / "a.png", "--max-new-tokens", 4]
     expected = run_sample(monkeypatch, capsys, *common, keys=["Who?", "Why?"])[1]
     not_text = UnicodeDecodeError("utf-8", b"\xe9", 0, 1, "unexpected end of data")
     keys = ["y " * 9000, "Who?", not_text, "y " * 9000, "Why?"]
@@ -2385,16 +2402,15 @@ def test_sample_chat_goes_on_behind_a_turn_that_is_too_long(asked, monkeypatch, 
     assert status == 0 and out == expected and err.count("error: ") == 3 and err.count("context is 4096") == 2
 
 
-def test_sample_chat_keeps_what_was_said_before_an_interrupt(asked, monkeypatch, capsys):
+def test_sample_chat_keeps_what_was_said_before_an_interrupt(sample_model, monkeypatch, capsys):
     """Ctrl-C in the middle of an answer: the next turn is answered as behind the tokens that were printed."""
-    keys, model = ["What is this?", "And why?"], CLI.from_pretrained(asked, quiet=True)
-    pictures = [[Image.open(asked / "a.png")]]
+    keys, model = ["What is this?", "And why?"], load(sample_model)
+    pictures = [[Image.open(sample_model / "a.png")]]
     ids, _ = cli.encode_chat(model.tokenizer, "qwen_1_5", [("user", cli.user_content(keys[0], 1))])
-    first = [i for (i,) in model.generate([ids], pictures, max_new_tokens=2)]
     cache = cli.KVCache(model.config.decoder, 1, 0)
-    list(model.generate([ids], pictures, max_new_tokens=2, cache=cache))
+    (first,) = decode(model, [ids], pictures, max_new_tokens=2, cache=cache)
     then, _ = cli.encode_chat(model.tokenizer, "qwen_1_5", [("user", keys[1])], start=False)
-    second = [i for (i,) in model.generate([first[1:] + then], max_new_tokens=4, cache=cache)]
+    (second,) = decode(model, [first[1:] + then], max_new_tokens=4, cache=cache)
     generate, calls = CLI.generate, []
 
     def interrupted(*arguments):
@@ -2406,42 +2422,46 @@ def test_sample_chat_keeps_what_was_said_before_an_interrupt(asked, monkeypatch,
     monkeypatch.setattr(CLI, "generate", interrupted)
     forward, seen = cli.VisionEncoder.forward, []
     monkeypatch.setattr(cli.VisionEncoder, "forward", lambda *arguments: seen.append(1) or forward(*arguments))
-    common = ["--model", asked, "--image", asked / "a.png", "--max-new-tokens", 4]
+    common = ["--model", sample_model, "--image", sample_model / "a.png", "--max-new-tokens", 4]
     status, out, _ = run_sample(monkeypatch, capsys, *common, keys=keys)
     assert len(seen) == 1, "the picture is in the cache"
     lines = [line.strip() for line in out.splitlines() if line.strip()]
     assert status == 0 and lines == [model.tokenizer.decode(x).strip() for x in (first, second)]
 
 
-def test_sample_batch_resumes(asked, monkeypatch, capsys):
+def test_sample_batch_resumes(sample_model, tmp_path, monkeypatch, capsys):
     """--batch answers as one by one; a torn last line is redone, a bad picture told; other files are kept."""
     rows = [{"prompt": f"What is {i}?", "image": "a.png", "id": i} for i in range(5)]
     rows[1]["answer"] = "of another model"
+    rows[2]["image"] = ["a.png", "b.png"]
     rows.insert(1, {"prompt": "Which?", "image": "none.png"})  # among good ones
     rows += [{"prompt": "Who\u2028is it?", "error": None}, {"prompt": "Too long. " * 2000, "id": "\ud83d"},
-             {"prompt": "And this?", "image": ["nothing.png"]}]  # fmt: skip
-    questions, out = asked / "in.jsonl", asked / "out.jsonl"
-    questions.write_text("".join(json.dumps(r, ensure_ascii="id" in r) + "\n" for r in rows))
-    common = ["--model", asked, "--max-new-tokens", 5, "--batch", questions, "--out", out, "--batch-size", 3]
+             {"prompt": "And this?", "image": ["nothing.png"]}]
+    picture(20, 50).save(tmp_path / "b.png")
+    shutil.copy(sample_model / "a.png", tmp_path)
+    questions, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    questions.write_text("".join(json.dumps(r, ensure_ascii="id" in r) + "\n" for r in rows), encoding="utf-8")
+    common = ["--model", sample_model, "--max-new-tokens", 5, "--batch", questions, "--out", out, "--batch-size", 3]
     answer_rows, written = sample.answer_rows, []
     with monkeypatch.context() as patch:  # what was answered is on the disk when the next are begun
-        patch.setattr(sample, "answer_rows", lambda *args: written.append(out.read_text().count("\n")) or
-                      answer_rows(*args))  # fmt: skip
+        patch.setattr(sample, "answer_rows", lambda *args: written.append(len(lines_of(out))) or answer_rows(*args))
         status, _, err = run_sample(patch, capsys, *common)
     assert written == [0, 3, 6]
-    lines = out.read_text().removesuffix("\n").split("\n")
+    lines = out.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     assert status == 2 and "3 questions" in err and "nothing.png" in json.loads(lines[-1])["error"]
     assert "for a context of" in json.loads(lines[-2])["error"] and "error" not in json.loads(lines[-3])
     assert "none.png" in json.loads(lines[1])["error"] and len(lines) == 9
-    for row, line in zip((rows[0], *rows[2:4]), (lines[0], *lines[2:4])):
-        one = ["--model", asked, "--max-new-tokens", 5, "--prompt", row["prompt"], "--image", asked / "a.png", "--json"]
+    for row, line in zip((rows[0], *rows[2:5]), (lines[0], *lines[2:5])):
+        shown = [row["image"]] if isinstance(row["image"], str) else row["image"]
+        one = ["--model", sample_model, "--max-new-tokens", 5, "--prompt", row["prompt"], "--json"]
+        one += [word for name in shown for word in ("--image", tmp_path / name)]
         assert json.loads(run_sample(monkeypatch, capsys, *one)[1])["answer"] == json.loads(line)["answer"]
-    out.write_text("\n".join(lines[:4]) + "\n" + lines[4][:9])
+    out.write_text("\n".join(lines[:4]) + "\n" + lines[4][:9], encoding="utf-8")
     run_sample(monkeypatch, capsys, *common)
-    assert out.read_text() == "\n".join(lines) + "\n"
-    shutil.copy(asked / "a.png", asked / "nothing.png")  # what failed is tried again
+    assert out.read_text(encoding="utf-8") == "\n".join(lines) + "\n"
+    shutil.copy(tmp_path / "a.png", tmp_path / "nothing.png")  # what failed is tried again
     status, _, err = run_sample(monkeypatch, capsys, *common)
-    again = out.read_text().removesuffix("\n").split("\n")
+    again = out.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     assert again[:-1] == lines[:-1] and json.loads(again[-1])["answer"] and "error" not in json.loads(again[-1])
     assert status == 2 and "6 of 9 were answered before" in err and "2 questions" in err
     for name, value in (("image", "b.png"), ("model", "another")):  # what was answered is not what is asked now
@@ -2452,50 +2472,69 @@ def test_sample_batch_resumes(asked, monkeypatch, capsys):
         out.write_text(precious)
         status, _, err = run_sample(monkeypatch, capsys, *common, *["--max-new-tokens", 4] * (precious == lines[0]))
         assert status == 2 and "choose another --out" in err and out.read_text() == precious
-    (asked / "none.jsonl").write_text("\n")  # and where nothing is asked
-    status, _, err = run_sample(monkeypatch, capsys, "--model", asked, "--batch", asked / "none.jsonl", "--out", out)
+    (tmp_path / "none.jsonl").write_text("\n")  # and where nothing is asked
+    nothing = ["--model", sample_model, "--batch", tmp_path / "none.jsonl", "--out", out]
+    status, _, err = run_sample(monkeypatch, capsys, *nothing)
     assert status == 2 and "choose another --out" in err and out.read_text() == lines[0]
 
 
 @pytest.mark.parametrize("line", ["{", '{"image": "a.png"}', '{"prompt": "x", "image": 3}', "[" * 100_000,
-                                  '{"prompt": "x", "images": ["a.png"]}'])  # fmt: skip
-def test_sample_batch_refuses_bad_lines(asked, monkeypatch, capsys, line):
-    """A malformed line is named by file and number before anything is done."""
-    questions = asked / "bad.jsonl"
+                                  '{"prompt": "x", "images": ["a.png"]}'])
+def test_sample_batch_refuses_bad_lines(line, tmp_path, monkeypatch, capsys):
+    """A malformed line is named by file and number before anything is done, a model loaded even."""
+    questions = tmp_path / "bad.jsonl"
     questions.write_text('\ufeff{"prompt": "x"}\n' + line + "\n", encoding="utf-8")  # what some editors begin with
-    arguments = ["--model", asked, "--batch", questions, "--out", asked / "no.jsonl"]
+    arguments = ["--model", "none", "--batch", questions, "--out", tmp_path / "no.jsonl"]
     status, _, err = run_sample(monkeypatch, capsys, *arguments)
     assert status == 2 and "bad.jsonl, line 2" in err and err.startswith("error: ") and len(err.splitlines()) == 1
-    assert not (asked / "no.jsonl").exists()
+    assert not (tmp_path / "no.jsonl").exists()
 
 
-def test_sample_refuses(asked, monkeypatch, capsys):
-    """One line and status 2 for a user's mistakes."""
-    wordless = shutil.copytree(asked, asked / "wordless")
+def test_sample_refuses(sample_model, tmp_path, monkeypatch, capsys):
+    """One line and status 2 for a user's mistakes; those that can be seen before a model is loaded are, though that is
+    no model either."""
+    absent, drawn, wordless = (tmp_path / name for name in ("none", "x.png", "wordless"))
+    shutil.copytree(sample_model, wordless)
     (wordless / "tokenizer.json").unlink()
-    for arguments, told in ((["--image", asked / "none.png", "--prompt", "x"], "none.png"),
-                            (["--model", asked / "nowhere", "--prompt", "x"], "nowhere"),
-                            (["--model", asked, "--prompt", "x", "--top-p", 0], "--top-p"),
-                            (["--model", asked, "--prompt", "x", "--temperature", "nan"], "--temperature"),
-                            (["--model", asked, "--prompt", "x", "--seed", 2**64], "--seed"),
-                            (["--model", asked, "--prompt", "\udcff"], "not valid Unicode"),
-                            (["--model", asked, "--prompt", "x", "--gates", asked / "x.png"], "--gates"),
-                            (["--model", asked, "--promt", "x"], "--promt x: did you mean --prompt?"),
-                            (["--model", asked, "--prompt", "x", "--repetition-penalty", "nan"], "--repetition-p"),
-                            (["--batch", asked / "in.jsonl"], "--out"),
-                            (["--batch", asked / "in.jsonl", "--out", asked / "o.jsonl", "--json"], "--json"),
-                            (["--model", asked, "--prompt", "x", "--max-new-tokens", 0], "--max-new-tokens"),
-                            (["--model", asked, "--prompt", "x", "--top-k", -1], "--top-k"),
-                            (["--batch", "q", "--out", "o", "--batch-size", 0], "--batch-size"),
-                            (["--model", "none", "--prompt", "x", "--gates", asked / "none/g.png"], "no such folder"),
-                            (["--model", "none", "--prompt", "x", "--gates", asked], "not a file"),
-                            (["--batch", asked / "more.jsonl", "--out", "/dev/null"], "not a file"),
+    before, real = ["--model", "none", "--prompt", "x"], ["--model", sample_model, "--prompt"]
+    for arguments, told in (([*before, "--image", absent / "a.png"], f"{absent / 'a.png'}: not a picture"),
+                            (["--model", absent, "--prompt", "x"], f"{absent}: neither a folder nor"),
+                            ([*before, "--top-p", 0], "--top-p must be in (0, 1]"),
+                            ([*before, "--temperature", "nan"], "--temperature must be at least 0"),
+                            ([*before, "--seed", 2**64], "--seed must be"),
+                            ([*before, "--promt", "x"], "--promt x: did you mean --prompt?"),
+                            ([*before, "--repetition-penalty", "nan"], "--repetition-penalty from 0.01"),
+                            (["--model", "none", "--batch", absent], "--batch and --out go together"),
+                            ([*before[:2], "--batch", absent, "--out", drawn, "--json"], "--batch goes without"),
+                            ([*before[:2], "--batch", absent, "--out", drawn], f"{absent}: cannot be read"),
+                            ([*before, "--max-new-tokens", 0], "--max-new-tokens must be at least 1"),
+                            ([*before, "--top-k", -1], "--top-k must be at least 0"),
+                            ([*before[:2], "--batch", "q", "--out", "o", "--batch-size", 0], "--batch-size must be"),
+                            ([*before, "--gates", absent / "g.png"], "no such folder"),
+                            ([*before, "--gates", tmp_path], "not a file"),
+                            ([*before[:2], "--batch", absent, "--out", "/dev/null"], "not a file"),
+                            ([*real, "\udcff"], "not valid Unicode"),
+                            ([*real, "x", "--gates", drawn], "--gates: nothing was let in"),
                             (["--model", wordless, "--prompt", "x"], "has no tokenizer.json"),
-                            (["--model", asked], "no question")):
-        status, _, err = run_sample(monkeypatch, capsys, *arguments)
+                            (["--model", sample_model], "no question")):
+        status, out, err = run_sample(monkeypatch, capsys, *arguments)
         assert status == 2 and told in err.splitlines()[-1] and err.splitlines()[-1].startswith("error: "), err
-    for path in (asked / "none/x.png", ".", "/"):
+        assert err.count("\n") == 1 or sample_model in arguments or wordless in arguments, "what is loaded, tells of it"
+    assert not drawn.exists()
+    for path in (absent / "x.png", ".", "/"):
         fails(lambda path=path: sample.draw_gates([("What?", {1: {2: 0.5}})], path), f"{path}: cannot be written")
+
+
+def test_sample_chat_shows_gates_as_text_alone(sample_model, tmp_path, monkeypatch, capsys):
+    """A chat refuses --json and --gates PNG, which want a --prompt, and shows W behind each turn with plain --gates."""
+    for flags in (["--json"], ["--gates", tmp_path / "g.png"]):
+        status, out, err = run_sample(monkeypatch, capsys, "--model", sample_model, *flags, keys=["Who?"])
+        assert (status, out) == (2, "") and "--json and --gates PNG need a --prompt" in err.splitlines()[-1]
+    assert not (tmp_path / "g.png").exists()
+    common = ["--model", sample_model, "--image", sample_model / "a.png", "--max-new-tokens", 3]
+    status, out, err = run_sample(monkeypatch, capsys, *common, "--gates", keys=["Who?"])
+    assert status == 0 and err.count("vision level") == 1
+    assert run_sample(monkeypatch, capsys, *common, keys=["Who?"])[1] == out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2505,9 +2544,9 @@ ROOT = Path(train.__file__).resolve().parent
 SPLITS = ("encode", "pretrain", "train", *scenes.VALIDATION, "dev")
 
 
-def write_shards(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["prepare_data.py", *map(str, arguments)])
-    prepare_data.main()
+def run_prepare_data(*arguments):
+    """prepare_data.py in this process."""
+    prepare_data.main([*map(str, arguments)])
 
 
 def mistake(monkeypatch, capsys, program, *arguments):
@@ -2525,8 +2564,7 @@ def mistake(monkeypatch, capsys, program, *arguments):
 def emoji(tmp_path_factory):
     """A small emoji data set, several shards a split."""
     folder = tmp_path_factory.mktemp("emoji")
-    with pytest.MonkeyPatch.context() as patch:
-        write_shards(patch, "emoji", "--out", folder, "--encode", 300, "--pretrain", 300, "--train", 2000, "--val", 450,
+    run_prepare_data("emoji", "--out", folder, "--encode", 300, "--pretrain", 300, "--train", 2000, "--val", 450,
                      "--shard-rows", 700, "--vocabulary", 1024)
     return folder
 
@@ -2538,17 +2576,16 @@ FEW = ("emoji", "--encode", 30, "--pretrain", 30, "--train", 60, "--val", 12, "-
 def few(emoji, tmp_path_factory):
     """An emoji data set of some dozens of rows."""
     folder = tmp_path_factory.mktemp("few")
-    with pytest.MonkeyPatch.context() as patch:
-        write_shards(patch, *FEW, "--out", folder, "--tokenizer", emoji)
+    run_prepare_data(*FEW, "--out", folder, "--tokenizer", emoji)
     return folder
 
 
 @pytest.fixture(scope="module")
 def small_tokenizer(tmp_path_factory):
     words = ["What is this?\nAnswer in one word.", "A cat.", "system\nYou are a helpful assistant.",
-             "user\nassistant\n", "<image>"]  # fmt: skip
+             "user\nassistant\n", "<image>"]
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    path.write_text(scenes.train_tokenizer(words * 50, 400))
+    path.write_text(scenes.train_tokenizer(words * 50, 400), encoding="utf-8")
     return path
 
 
@@ -2565,7 +2602,7 @@ def emoji_rows(split, n, shard_rows):
 
 def rows_of(folder, split):
     """-> [(tokens list, mask list, [picture bytes], kind name)] of a finished data set"""
-    manifest, rows = json.loads((folder / "manifest.json").read_text()), []
+    manifest, rows = cli.read_json(folder / "manifest.json"), []
     for shard in manifest["splits"][split]["shards"]:
         t = {name: tensor.numpy() for name, tensor in load_file(folder / shard["file"]).items()}
         assert len(t["kind"]) == shard["rows"] and (t["answer"] > 0).sum() == shard["supervised_tokens"]
@@ -2621,7 +2658,7 @@ def test_emoji_splits_are_disjoint(emoji, tmp_path, monkeypatch):
             parts.setdefault(concept.get("base", concept["id"]), set()).add(scenes.part_of(0, concept, artist))
     assert all(p == {"concept"} or p == {"dev_concept"} or "train" in p for p in parts.values())
     assert 0.07 < sum(p == {"concept"} for p in parts.values()) / len(parts) < 0.13
-    write_shards(monkeypatch, *FEW, "--out", tmp_path, "--tokenizer", emoji, "--seed", 1)  # others are held out
+    run_prepare_data(*FEW, "--out", tmp_path, "--tokenizer", emoji, "--seed", 1)  # others are held out
     for split, part in (("val_concept", "concept"), ("train", "train")):
         cells = [cell for _, _, (recipe,), _ in rows_of(tmp_path, split) for cell in json.loads(recipe)["cells"]]
         assert all(scenes.part_of(1, concepts[key], artist) == part for key, artist, *_ in cells)
@@ -2630,7 +2667,7 @@ def test_emoji_splits_are_disjoint(emoji, tmp_path, monkeypatch):
 
 def test_emoji_supervises_exactly_the_answers(emoji):
     """Every run of supervised tokens decodes to an answer and its end mark; prompts are those of inference."""
-    tokenizer = cli.Tokenizer((emoji / "tokenizer.json").read_text())
+    tokenizer = cli.Tokenizer.from_folder(emoji)
     end, seen = tokenizer.id("<|im_end|>"), 0
     for split in ("encode", "pretrain", "train", "val_pair"):
         found = rows_of(emoji, split)[:800]
@@ -2675,7 +2712,7 @@ def test_scenes_of_pretraining_name_what_is_where():
 def test_emoji_answers_are_right(emoji):
     """Recomputed from the recipe alone: colours, artists, counts, places and names of single pictures and scenes, in
     both languages; a held-out drawing is what is asked about, not what stands beside it."""
-    tokenizer = cli.Tokenizer((emoji / "tokenizer.json").read_text())
+    tokenizer = cli.Tokenizer.from_folder(emoji)
     concepts, checked = scenes.load_emoji()[1], set()
     for split in ("train", "val_scene", "val_concept", "val_pair"):
         for tokens, mask, (recipe,), kind in rows_of(emoji, split):
@@ -2804,33 +2841,33 @@ def test_interrupted_run_leaves_nothing_and_resumes(emoji, few, tmp_path, monkey
         with monkeypatch.context() as patch:
             patch.setattr(place, name, instead)
             with pytest.raises(KeyboardInterrupt):
-                write_shards(patch, *arguments)
+                run_prepare_data(*arguments)
         assert set(contents(tmp_path)) == {"arguments.json", "tokenizer.json", *shards}
     (tmp_path / ".train-00001.safetensors.1.tmp").write_bytes(b"left by a run that was killed")
-    changed = (tmp_path / "train-00000.safetensors").stat().st_mtime_ns
-    write_shards(monkeypatch, *arguments)
-    assert (tmp_path / "train-00000.safetensors").stat().st_mtime_ns == changed  # kept, not made again
+    kept = (tmp_path / "train-00000.safetensors").stat().st_ino
+    run_prepare_data(*arguments)
+    assert (tmp_path / "train-00000.safetensors").stat().st_ino == kept  # kept, not made again
     one, two = contents(few), contents(tmp_path)
     manifests = [json.loads(found.pop("manifest.json")) for found in (one, two)]
     assert one == two and manifests[0] | {"name": ""} == manifests[1] | {"name": ""}
     for damaged in (b"", one["train-00001.safetensors"][:99], b"x" * 99):  # a shard is made again, as train.py says
         (tmp_path / "train-00001.safetensors").write_bytes(damaged)
         (tmp_path / "manifest.json").unlink()
-        write_shards(monkeypatch, *arguments)
+        run_prepare_data(*arguments)
         assert (tmp_path / "train-00001.safetensors").read_bytes() == one["train-00001.safetensors"]
     # Other arguments: refused, unless told to replace.
     for other in ("--seed", "--per-kind", "--shard-rows"):
         with pytest.raises(cli.InputError, match="other arguments"):
-            write_shards(monkeypatch, *arguments, other, 12)
+            run_prepare_data(*arguments, other, 12)
     assert contents(tmp_path).keys() == contents(few).keys()
     none = ("--encode", 0, "--pretrain", 0, "--val", 0)
-    write_shards(monkeypatch, *arguments, *none, "--train", 20, "--seed", 1, "--overwrite")
+    run_prepare_data(*arguments, *none, "--train", 20, "--seed", 1, "--overwrite")
     assert set(contents(tmp_path)) == {"arguments.json", "manifest.json", "tokenizer.json", "train-00000.safetensors"}
     # Files of others: refused and left alone, whatever is asked.
     (tmp_path / "arguments.json").unlink()
     before = contents(tmp_path)
     with pytest.raises(cli.InputError, match="did not make"):
-        write_shards(monkeypatch, *arguments, "--overwrite")
+        run_prepare_data(*arguments, "--overwrite")
     assert contents(tmp_path) == before
 
 
@@ -2847,10 +2884,10 @@ def test_llava_labels(small_tokenizer, tmp_path, monkeypatch):
     (tmp_path / "cat.png").write_bytes(png_bytes())
     record = conversation("What is this?\nAnswer in one word.\n<image>", "A cat.", image="cat.png")
     (tmp_path / "chat.json").write_text(json.dumps([record]))
-    tokenizer, found = cli.Tokenizer(small_tokenizer.read_text()), {}
+    tokenizer, found = cli.Tokenizer.from_folder(small_tokenizer.parent), {}
     for labels in ("answer", "llava"):
-        write_shards(monkeypatch, "llava", tmp_path / "chat.json", "--images", tmp_path, "--tokenizer", small_tokenizer,
-                "--labels", labels, "--out", tmp_path / labels)  # fmt: skip
+        run_prepare_data("llava", tmp_path / "chat.json", "--images", tmp_path, "--tokenizer", small_tokenizer,
+                         "--labels", labels, "--out", tmp_path / labels)
         ((tokens, mask, pictures, kind),) = rows_of(tmp_path / labels, "train")
         assert mask.count(1) == 4  # the answer and its end mark, whatever else is supervised
         names = ["[IMG]" if t < 0 else tokenizer.backend.id_to_token(t) for t in tokens]
@@ -2858,16 +2895,16 @@ def test_llava_labels(small_tokenizer, tmp_path, monkeypatch):
         found[labels] = [name + "*" * bool(supervised) for name, supervised in zip(names, mask)]
         assert pictures == [png_bytes()] and kind == "picture"
     system = ["<|im_start|>*", "system", "\n*", "You", " are", " a", " helpful", " assistant", ".", "<|im_end|>*",
-              "\n*"]  # fmt: skip
+              "\n*"]
     user = ["<|im_start|>*", "user", "\n*", "[IMG]", "\n*", "What", " is", " this", "?\n", "Answer", " in", " one",
-            " word", "."]  # fmt: skip
+            " word", "."]
     answer = ["<|im_start|>*", "assistant*", "\n*", "A*", " cat*", ".*", "<|im_end|>*", "\n*"]
     assert found["llava"] == [*system, *user, "<|im_end|>*", "\n*", *answer]
     plain = [name.rstrip("*") for name in found["llava"]]
     assert found["answer"] == [*plain[:-5], "A*", " cat*", ".*", "<|im_end|>*", "\n"]
     turn = [("user", ["What is this?"]), ("assistant", ["A cat."])]
     masks = [prepare_data.encode_row({"pictures": [], "turns": turn * n}, tokenizer, "qwen_1_5", "llava")[1]
-             for n in (1, 2)]  # fmt: skip
+             for n in (1, 2)]
     assert masks[1] == masks[0] + masks[0][11:], "a second turn as the first, but for the system turn"
 
 
@@ -2918,12 +2955,12 @@ def test_llava_bad_rows(small_tokenizer, tmp_path, monkeypatch, capsys):
     file = tmp_path / "chat.jsonl"
     file.write_text("\n".join([*map(json.dumps, good), "", *bad]) + "\n")
     arguments = ["llava", file, "--images", tmp_path, "--tokenizer", small_tokenizer, "--out", tmp_path / "out",
-                 "--shard-rows", 4]  # fmt: skip
+                 "--shard-rows", 4]
     with pytest.raises(cli.InputError, match="rows are bad, more than --max-bad 0.01"):
-        write_shards(monkeypatch, *arguments)
+        run_prepare_data(*arguments)
     assert not (tmp_path / "out/manifest.json").exists()
-    write_shards(monkeypatch, *arguments, "--max-bad", 0.9)
-    listed = [json.loads(line) for line in (tmp_path / "out/bad_rows.jsonl").read_text().splitlines()]
+    run_prepare_data(*arguments, "--max-bad", 0.9)
+    listed = lines_of(tmp_path / "out/bad_rows.jsonl")
     assert [row["where"] for row in listed] == [f"chat.jsonl:{n}" for n in range(7, 7 + len(bad))]
     for row, reason in zip(listed, bad.values()):
         assert reason in row["reason"], row
@@ -2932,7 +2969,7 @@ def test_llava_bad_rows(small_tokenizer, tmp_path, monkeypatch, capsys):
     assert manifest["bad_rows"] == len(bad) and manifest["splits"]["train"]["rows"] == 5
     rows = rows_of(tmp_path / "out", "train")
     assert all(any(mask) for _, mask, _, _ in rows) and {kind for *_, kind in rows} == {"text"}
-    write_shards(monkeypatch, *arguments[:-4], "--out", tmp_path / "val", "--max-bad", 0.9, "--val", 6)
+    run_prepare_data(*arguments[:-4], "--out", tmp_path / "val", "--max-bad", 0.9, "--val", 6)
     manifest = json.loads((tmp_path / "val/manifest.json").read_text())
     assert manifest["rows_planned"] == {"train": 18, "val": 6} and manifest["bad_rows"] == len(bad)
 
@@ -2942,25 +2979,25 @@ def test_llava_rows_that_were_mended(small_tokenizer, tmp_path, monkeypatch):
     (tmp_path / "chat.jsonl").write_text(json.dumps(conversation("Hi", "Ho", image="a.png")))
     arguments = ["llava", tmp_path / "chat.jsonl", "--tokenizer", small_tokenizer, "--out", tmp_path / "out"]
     with pytest.raises(cli.InputError, match="1 of 1 rows are bad"):
-        write_shards(monkeypatch, *arguments, "--images", tmp_path)
+        run_prepare_data(*arguments, "--images", tmp_path)
     (tmp_path / "a.png").write_bytes(png_bytes())
-    write_shards(monkeypatch, *arguments, "--images", tmp_path, "--max-bad", 0)
+    run_prepare_data(*arguments, "--images", tmp_path, "--max-bad", 0)
     assert rows_of(tmp_path / "out", "train")[0][2] == [png_bytes()]
     assert not (tmp_path / "out/bad_rows.jsonl").exists()
     with pytest.raises(cli.InputError, match="other arguments"):
-        write_shards(monkeypatch, *arguments, "--images", tmp_path, "--labels", "llava")
+        run_prepare_data(*arguments, "--images", tmp_path, "--labels", "llava")
     (tmp_path / "chat.jsonl").write_text(json.dumps(conversation("Hi", "Huh", image="a.png")))
     with pytest.raises(cli.InputError, match="other arguments"):
-        write_shards(monkeypatch, *arguments, "--images", tmp_path)
+        run_prepare_data(*arguments, "--images", tmp_path)
     (tmp_path / "chat.jsonl").write_text(json.dumps(conversation("Hi", "Ho", image="a.png")))
     with pytest.MonkeyPatch.context() as killed:  # while it goes on: what is there is no longer said to be whole
         killed.setattr(prepare_data, "shard_facts", lambda path: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            write_shards(killed, *arguments, "--images", tmp_path)
+            run_prepare_data(*arguments, "--images", tmp_path)
     assert not (tmp_path / "out/manifest.json").exists()
     (tmp_path / "other").mkdir()
     (tmp_path / "other/a.png").write_bytes(png_bytes(size=(5, 5)))
-    write_shards(monkeypatch, *arguments, "--images", tmp_path / "other", "--overwrite")
+    run_prepare_data(*arguments, "--images", tmp_path / "other", "--overwrite")
     assert rows_of(tmp_path / "out", "train")[0][2] == [png_bytes(size=(5, 5))]
 
 
@@ -3031,13 +3068,13 @@ def test_onevision_from_parquet(small_tokenizer, tmp_path, monkeypatch):
 
     def run(name, *options):
         source = ["--from", tmp_path / "copy", "--tokenizer", small_tokenizer, "--shard-rows", 7]
-        write_shards(monkeypatch, "onevision", *source, "--out", tmp_path / name, *options)
+        run_prepare_data("onevision", *source, "--out", tmp_path / name, *options)
         manifest = json.loads((tmp_path / name / "manifest.json").read_text())
         return manifest, {split: rows_of(tmp_path / name, split) for split in manifest["splits"]}
 
     manifest, rows = run("all")
     assert manifest["splits"]["train"]["kinds"] == sizes
-    tokenizer, numbers = cli.Tokenizer(small_tokenizer.read_text()), {subset: [] for subset in sizes}
+    tokenizer, numbers = cli.Tokenizer.from_folder(small_tokenizer.parent), {subset: [] for subset in sizes}
     for tokens, mask, pictures, kind in rows["train"]:
         answer = tokenizer.decode([t for t, m in zip(tokens, mask) if m])
         number = int(answer[2:-1])
@@ -3051,7 +3088,7 @@ def test_onevision_from_parquet(small_tokenizer, tmp_path, monkeypatch):
     kinds = {k: sum(s["kinds"].get(k, 0) for s in manifest["splits"].values()) for k in manifest["kinds"]}
     assert kinds == dict(zip(sizes, (4, 3, 5, 2)))
     texts = [tokenizer.decode([t for t, m in zip(tokens, mask) if m]) for tokens, mask, _, kind in rows["train"]
-             if kind == "sharegpt4o"]  # fmt: skip
+             if kind == "sharegpt4o"]
     assert {int(text[2:-1]) for text in texts} - {*range(5), *range(15, 20)}, "not the first rows of a file"
     other = run("other", "--samples", 14, "--val", 2, "--seed", 1)[1]
     assert sorted(sum(other.values(), [])) != sorted(sum(rows.values(), [])), "another seed draws other rows"
@@ -3073,7 +3110,7 @@ def test_onevision_from_parquet(small_tokenizer, tmp_path, monkeypatch):
         patch.setattr("huggingface_hub.HfApi.list_repo_files", lambda _, name, repo_type: hub[name, repo_type])
         patch.setattr("huggingface_hub.HfFileSystem.open", lambda _, name: open(hub[name], "rb"))
         patch.setattr("huggingface_hub.hf_hub_download", lambda name, file, repo_type: hub[name, file, repo_type])
-        write_shards(patch, "onevision", "--tokenizer", small_tokenizer, "--out", tmp_path / "hub", "--shard-rows", 7)
+        run_prepare_data("onevision", "--tokenizer", small_tokenizer, "--out", tmp_path / "hub", "--shard-rows", 7)
     assert rows_of(tmp_path / "hub", "train") == rows_of(tmp_path / "all", "train")
     (tmp_path / "copy/sharegpt4o/train-00000-of-00002.parquet").write_bytes(b"PAR1 damaged")
     with pytest.raises(cli.InputError, match="sharegpt4o/train-00000-of-00002.parquet cannot be read"):
@@ -3093,7 +3130,7 @@ TINY = {
                "image_size": 64, "patch_size": 16},
     "decoder": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
                 "num_key_value_heads": 1, "head_dim": 16, "rope_theta": 1e4, "max_position_embeddings": 1024},
-}  # fmt: skip
+}
 FUSION = {"decoder_layers": "0,1", "vision_levels": "0,2", "lora_rank": 4, "lora_alpha": 8}
 
 
@@ -3109,9 +3146,8 @@ def mixed(emoji, tmp_path_factory):
         turns = [{"from": "human", "value": "<image>\n" * len(names) + "What?"}, {"from": "gpt", "value": f"A {n}."}]
         records.append({"image": names, "conversations": turns * (1 + n % 2) if not names else turns})
     (folder / "chat.json").write_text(json.dumps(records))
-    with pytest.MonkeyPatch.context() as patch:
-        for labels in ("answer", "llava"):
-            write_shards(patch, "llava", folder / "chat.json", "--images", folder, "--tokenizer", emoji,
+    for labels in ("answer", "llava"):
+        run_prepare_data("llava", folder / "chat.json", "--images", folder, "--tokenizer", emoji,
                          "--labels", labels, "--out", folder / labels, "--shard-rows", 3)
     return folder
 
@@ -3119,7 +3155,7 @@ def mixed(emoji, tmp_path_factory):
 def settings(data, out, **fields):
     """TrainConfig of a tiny model with fusion cli, float32, no validation."""
     base = dict(model=TINY, fusion="cli", fusion_fields=FUSION, steps=4, batch_rows=8, batch_tokens=400, eval_every=0,
-                dtype="float32", device="cpu")  # fmt: skip
+                dtype="float32", device="cpu")
     return train.TrainConfig(data=str(data), out=str(out), **{**base, **fields})
 
 
@@ -3136,8 +3172,8 @@ def tiny_model(data, **fields):
 
 def log_of(out):
     """The run's log without what a clock or the machine decides."""
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("tokens_per_s", "seconds", "gib", "mfu")} for line in lines]
+    left_out = ("tokens_per_s", "seconds", "gib", "mfu")
+    return [{k: v for k, v in line.items() if k not in left_out} for line in lines_of(out / "log.jsonl")]
 
 
 def gradients(model):
@@ -3156,7 +3192,7 @@ def assert_same_gradients(ours, theirs):
 
 def test_rows_supervise_exactly_the_answers(emoji):
     """Decoding the supervised labels of a row, here across shards, gives its answers, each with the end mark."""
-    tokenizer = cli.Tokenizer((emoji / "tokenizer.json").read_text())
+    tokenizer = cli.Tokenizer.from_folder(emoji)
     rows = train.Rows(emoji, "train", Config(vision=VisionConfig(**TINY["vision"])))
     assert len(rows) == 2000
     for number, row in enumerate(emoji_rows("train", 900, 700)):
@@ -3302,7 +3338,7 @@ def test_contrast_teaches_the_encoder(emoji, mixed, tmp_path, monkeypatch):
     Rows, splits = train.Rows, []
     monkeypatch.setattr(train, "Rows", lambda folder, split, *rest: splits.append(split) or Rows(folder, split, *rest))
     cfg = settings(emoji, tmp_path / "run", split="encode", objective="contrast", fusion="none", fusion_fields={},
-                   steps=40, batch_tokens=10_000, lr_vision=5e-3, lr_projector=5e-3, muon=2.0)  # fmt: skip
+                   steps=40, batch_tokens=10_000, lr_vision=5e-3, lr_projector=5e-3, muon=2.0)
     fresh = train.build_model(cfg, train.read_manifest(emoji, "train")).state_dict()
     train.train(cfg)
     losses = [line["loss"] for line in log_of(tmp_path / "run")]
@@ -3348,7 +3384,7 @@ def test_settings_reach_the_optimisers(emoji):
     gate_start on; beta2 is AdamW's, and no gradient is longer than clip."""
     model, steps = tiny_model(emoji), 8
     cfg = settings(emoji, "unused", lr_vision=1e-4, lr_projector=2e-4, lr_fusion=3e-4, lr_decoder=4e-4, muon=5.0,
-                   beta2=0.9, warmup=0.5, gate_start=0.5, clip=1e-3, steps=0)  # fmt: skip
+                   beta2=0.9, warmup=0.5, gate_start=0.5, clip=1e-3, steps=0)
     optimizers = adamw, muon = train.make_optimizers(model, cfg)
     groups, peaks = [*adamw.param_groups, *muon.param_groups], {}
     for name, p in model.named_parameters():
@@ -3383,7 +3419,7 @@ def test_rows_that_are_too_long_are_left_out(mixed, tmp_path, monkeypatch):
     assert len(usable) == 5 and usable != {*range(5)}
     shown = set()
     monkeypatch.setattr(train.Rows, "batch", lambda rows, chosen, batch=train.Rows.batch: (
-        shown.update(chosen) or batch(rows, chosen)))  # fmt: skip
+        shown.update(chosen) or batch(rows, chosen)))
     decoder = {**TINY["decoder"], "max_position_embeddings": longest}
     for n, fields in enumerate(({"max_length": longest}, {"model": {**TINY, "decoder": decoder}})):
         shown.clear()
@@ -3470,7 +3506,7 @@ def test_logged_gates_are_those_of_rows_with_a_picture(emoji):
     batch = train.Rows(emoji, "train", model.config).batch([0])
     more = torch.arange(5, 15)
     text = {"tokens": torch.cat([batch["tokens"], more]), "pictures": batch["pictures"],
-            "seqlens": [*batch["seqlens"], 10], "labels": torch.cat([batch["labels"], more])}  # fmt: skip
+            "seqlens": [*batch["seqlens"], 10], "labels": torch.cat([batch["labels"], more])}
     W = [train.backward(model, [rows], 1, contextlib.nullcontext())[1] for rows in (batch, text)]
     assert W[0] and W[0] == W[1]
     assert abs(model(**text)[2][0][1].mean() - W[0][0]) > 0.005  # what the row without a picture would change
@@ -3519,11 +3555,11 @@ def test_interrupted_run_resumes_bitwise(few, tmp_path, monkeypatch):
     whole, parts = log_of(tmp_path / "whole"), log_of(tmp_path / "parts")
     assert whole == parts and [line["step"] for line in parts] == list(range(1, 10))
     assert [line["step"] for line in parts if "dev_loss" in line] == [4, 8, 9]
-    model = cli.CLI.from_pretrained(tmp_path / "whole", quiet=True)
+    model = load(tmp_path / "whole")
     dev = train.Rows(few, "dev", model.config)
     loss = train.mean_loss(model, dev, range(len(dev)), cfg, contextlib.nullcontext())
     assert loss == pytest.approx(whole[-1]["dev_loss"], rel=1e-4)
-    seconds = [json.loads(line)["seconds"] for line in (tmp_path / "parts/log.jsonl").read_text().splitlines()]
+    seconds = [line["seconds"] for line in lines_of(tmp_path / "parts/log.jsonl")]
     assert seconds == sorted(seconds) and seconds[-1] > 0
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
@@ -3569,7 +3605,7 @@ def test_fresh_parts_follow_the_seed(few, tmp_path, monkeypatch):
     tiny_model(few, fusion="none", fusion_fields={}).save_pretrained(tmp_path)
     manifest = train.read_manifest(few, "train")
     one, same, other = (train.build_model(settings(few, "unused", init_from=str(tmp_path), seed=seed), manifest)
-                        for seed in (0, 0, 1))  # fmt: skip
+                        for seed in (0, 0, 1))
     for name, p in one.state_dict().items():
         assert torch.equal(p, same.state_dict()[name])
         fresh = name.startswith(("amp.", "agf.")) and not name.endswith("bias") and ".B." not in name
@@ -3612,7 +3648,7 @@ def test_another_cut_has_all_canvases(few, tmp_path, aspect, canvases):
 def test_two_ranks_give_what_one_gives(few, tmp_path, monkeypatch):
     """Two processes with gloo: losses, gradients and gradient norms of one; two stages, the second from the first."""
     stages = [{"fusion": "none", "fusion_fields": {}, "image_aspect_ratio": "pad"},
-              {"init_from": "stage0", "image_aspect_ratio": "anyres_max_9", "steps": 2}]  # fmt: skip
+              {"init_from": "stage0", "image_aspect_ratio": "anyres_max_9", "steps": 2}]
     base = dataclasses.asdict(settings(few, "unused"))
     stages = [{k: v for k, v in {**base, **stage}.items() if k != "out"} for stage in stages]
     (tmp_path / "run.json").write_text(json.dumps(stages))
@@ -3749,7 +3785,7 @@ def test_train_mistakes_are_one_line(few, mixed, tmp_path, monkeypatch, capsys):
     """Unknown flags, values, data and other settings in the same folder: status 2 and one line that says what to do."""
     train.train(settings(few, tmp_path / "done", steps=1))
     for name, text in (("seeed", '{"seeed": 1}'), ("broken", "{"), ("many", '{"steps": "many"}'), ("empty", "{}"),
-                       ("numbers", "[1, 2]"), ("same", '[{"out": "x"}, {"out": "x"}]')):  # fmt: skip
+                       ("numbers", "[1, 2]"), ("same", '[{"out": "x"}, {"out": "x"}]')):
         (tmp_path / f"{name}.json").write_text(text)
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut/state.pt").write_bytes(b"cut off")
@@ -3765,7 +3801,7 @@ def test_train_mistakes_are_one_line(few, mixed, tmp_path, monkeypatch, capsys):
     for name, data in contents(few).items():
         (tmp_path / "damaged" / name).write_bytes(data[:1000] if name.startswith("train-") else data)
     tiny = ["--config", tmp_path / "empty.json", "--data", few, "--model", json.dumps(TINY), "--out", tmp_path / "x",
-            "--steps", 1, "--device", "cpu"]  # fmt: skip
+            "--steps", 1, "--device", "cpu"]
     frozen = [f"--lr_{part}=0" for part in ("decoder", "projector", "fusion", "vision")]
     for arguments, message in (
         (["--batch_row", "3"], "unrecognized arguments: --batch_row 3: did you mean --batch_rows?"),
@@ -3838,7 +3874,7 @@ def test_train_mistakes_are_one_line(few, mixed, tmp_path, monkeypatch, capsys):
 def test_training_goes_on_with_the_fusion_there_is(few, tmp_path):
     """A stage whose base has the fusion that it asks for keeps it, gates and all; one that names none too."""
     train.train(settings(few, tmp_path, steps=1))
-    base = cli.CLI.from_pretrained(tmp_path, quiet=True)
+    base = load(tmp_path)
     for fields in ({}, {"fusion": "none", "fusion_fields": {}}):
         model = train.build_model(settings(few, "unused", init_from=str(tmp_path), **fields),
                                   train.read_manifest(few, "train"))
@@ -3849,10 +3885,10 @@ def test_training_goes_on_with_the_fusion_there_is(few, tmp_path):
 def test_data_made_anew_is_noticed(few, emoji, tmp_path, monkeypatch, capsys):
     """A run does not go on with other rows than it began with, nor start from a model with another tokenizer."""
     arguments = ["emoji", "--out", tmp_path / "data", "--tokenizer", few, "--encode", 0, "--pretrain", 0, "--val", 0]
-    write_shards(monkeypatch, *arguments, "--train", 20)
+    run_prepare_data(*arguments, "--train", 20)
     cfg = settings(tmp_path / "data", tmp_path / "run", steps=1)
     train.train(cfg)
-    write_shards(monkeypatch, *arguments, "--train", 21, "--overwrite")
+    run_prepare_data(*arguments, "--train", 21, "--overwrite")
     with pytest.raises(cli.InputError, match="other settings, data_sha256"):
         train.train(cfg)
     (tmp_path / "same").symlink_to(few)  # the same data by another name is the same data
@@ -3892,7 +3928,7 @@ def test_evaluate(few, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(cli.CLI, "see", None)  # it never does
         train.train(settings(few, tmp_path / "blind", steps=1, blind=True, fusion="none", fusion_fields={}))
-    tokenizer, right = cli.Tokenizer((few / "tokenizer.json").read_text()), {}
+    tokenizer, right = cli.Tokenizer.from_folder(few), {}
     expected = {}  # split: [(kind, answer)]
     for split, n in {"train": 60, **dict.fromkeys(splits, 12)}.items():
         expected[split] = []
@@ -3917,7 +3953,7 @@ def test_evaluate(few, tmp_path, monkeypatch, capsys):
     after = "\nafter\n<!-- other -->\nkept\n<!-- end -->\n"
     readme.write_text("before\n<!-- nano accuracy -->\nold table\n<!-- end -->" + after)
     monkeypatch.setattr(sys, "argv", ["train.py", "--evaluate", str(out), "--blind_model", str(tmp_path / "blind"),
-                                      "--data", str(few), "--readme", str(readme)])  # fmt: skip
+                                      "--data", str(few), "--readme", str(readme)])
     train.main()
     scores = cli.read_json(out / "eval.json")["scores"]
     assert list(scores) == splits
@@ -3934,7 +3970,7 @@ def test_evaluate(few, tmp_path, monkeypatch, capsys):
         assert sum(row["majority"] for row in rows) == sum(most.get(k) == a for k, a in expected[split])
         assert all(type(count) is int for row in rows for count in row.values())
     assert sum(row["majority"] for split in splits for row in scores[split].values()) > 0
-    lines = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+    lines = lines_of(out / "answers.jsonl")
     assert [(x["split"], x["kind"], x["right"]) for x in lines] == [(s, k, a) for s in splits for k, a in expected[s]]
     assert all(x["given"] == x["right"] + " maybe" * (x["right"] in chatty) for x in lines)
     page = readme.read_text()
@@ -3975,9 +4011,9 @@ def test_later_turns_pictures_and_frozen_decoders(emoji, tmp_path, monkeypatch):
     turn = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "Red."}]
     records = [{"image": ["a.png", "a.png"], "conversations": turn * 2},
                {"conversations": conversation("Hello?", "Yes.")["conversations"]},
-               {"image": ["long.png", "a.png"], "conversations": turn * 2}]  # fmt: skip
+               {"image": ["long.png", "a.png"], "conversations": turn * 2}]
     (tmp_path / "chat.json").write_text(json.dumps(records))
-    write_shards(monkeypatch, "llava", tmp_path / "chat.json", "--images", tmp_path, "--tokenizer", emoji,
+    run_prepare_data("llava", tmp_path / "chat.json", "--images", tmp_path, "--tokenizer", emoji,
                  "--out", tmp_path / "data")
     data, fields = tmp_path / "data", {"lr_decoder": 0.0, "batch_rows": 2, "batch_tokens": 1, "steps": 2}
     model = tiny_model(data)
@@ -3995,7 +4031,7 @@ def test_later_turns_pictures_and_frozen_decoders(emoji, tmp_path, monkeypatch):
 def test_a_model_learns_the_template_of_its_data(emoji, tmp_path):
     """A decoder that read_layout takes for a LLaMA gets the data's template, and the mark where that ends answers."""
     train.train(settings(emoji, tmp_path / "base", steps=1))
-    base = cli.CLI.from_pretrained(tmp_path / "base", quiet=True)
+    base = load(tmp_path / "base")
     base.config = dataclasses.replace(base.config, template="vicuna_v1", eos_token_ids=(0,))
     base.save_pretrained(tmp_path / "base")
     cfg = settings(emoji, "unused", init_from=str(tmp_path / "base"))
@@ -4011,8 +4047,8 @@ def test_evaluate_generates(few, tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text(json.dumps({**config, "repetition_penalty": 9.0}))  # which scores leave out
     train.evaluate(tmp_path, None, few, device="cpu", limit=9)
     opened = {}
-    model = cli.CLI.from_pretrained(tmp_path, quiet=True)
-    lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    model = load(tmp_path)
+    lines = lines_of(tmp_path / "answers.jsonl")
     lines = [line for line in lines if line["split"] == "val_pair"]
     for split in ("val_seen", "val_concept", "val_pair", "val_scene"):
         rows = train.Rows(few, split, model.config)
