@@ -7,6 +7,7 @@ that on a fresh model a dropped bias or two swapped norms would not be seen (tes
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import functools
 import importlib
 import io
@@ -229,8 +230,35 @@ def lines_of(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
+class Stop(Exception):
+    """What stop() raises."""
+
+
+def stop(*args, **kwargs):
+    """Put in the place of a function that is as far as a test goes."""
+    raise Stop
+
+
 def load(folder, **kwargs):
     return CLI.from_pretrained(str(folder), quiet=True, **kwargs)
+
+
+@pytest.fixture(autouse=True)
+def no_ranks(monkeypatch):
+    """No test is a rank of somebody's run, or leaves train.main()'s variables or process group to the next one; and
+    where a rank dies the other waits minutes for it, not train.py's two hours."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "RANK_0", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
+    before = {name: os.environ[name] for name in names if name in os.environ}
+    for name in names[:4]:
+        os.environ.pop(name, None)
+    init, wait = torch.distributed.init_process_group, datetime.timedelta(minutes=5)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, timeout: init(backend, timeout=wait))
+    yield
+    for name in names:
+        os.environ.pop(name, None)
+    os.environ.update(before)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="session")
@@ -347,10 +375,11 @@ def stages(vision_layers, decoder_layers, run):
         for i, layer in enumerate(layers):
             hooks.append(layer.register_forward_hook(lambda m, args, out, name=f"{kind} {i}": keep(name, out)))
     hooks.append(decoder_layers[0].register_forward_pre_hook(lambda m, args: keep("visual tokens and text", args[0])))
-    result = run()
-    for hook in hooks:
-        hook.remove()
-    return result, seen
+    try:
+        return run(), seen
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def compare(model, reference, tokens, images, tolerance=1e-4):
@@ -503,17 +532,6 @@ def test_parity_can_fail(mutation, base):
     assert closeness(model.logits(tokens, [image]), before) > 1e-3
     with pytest.raises(pytest.fail.Exception, match=r"\[DIFF\]"):
         compare(model, onevision(), tokens, [image])
-
-
-def test_text_only_equals_the_plain_text_model(base):
-    """Without a picture the model is exactly its language model: Qwen2ForCausalLM with the same weights."""
-    config = transformers.Qwen2Config(**TEXT, tie_word_embeddings=True)
-    plain = transformers.Qwen2ForCausalLM(config).eval()
-    plain.model.load_state_dict(onevision().model.language_model.state_dict())
-    tokens = prompt(0, length=33)
-    for fusion in (None, preset("cli")):
-        model = load(base, fusion=fusion)
-        assert closeness(model.logits(tokens, []), reference_logits(plain, tokens, [])) < 1e-4
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -835,7 +853,8 @@ def test_text_positions_stay_bit_equal(name, base):
 
 
 def test_shut_gates_or_no_routes_give_the_base_model(base):
-    """With W forced to 0, or with no routes, the logits are the base model's, to the bit."""
+    """With W forced to 0, or with no routes, the logits are the base model's, to the bit, and of text alone the
+    language model's."""
     images, tokens = [picture(64, 48)], prompt()
     plain = load(base).logits(tokens, images)
     assert torch.equal(load(base, fusion="none").logits(tokens, images), plain)
@@ -846,6 +865,11 @@ def test_shut_gates_or_no_routes_give_the_base_model(base):
         agf.gate.weight.data.zero_()
         agf.gate.bias.data.fill_(-1e4)
     assert torch.equal(model.logits(tokens, images), plain)
+    text = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**TEXT, tie_word_embeddings=True)).eval()
+    text.model.load_state_dict(onevision().model.language_model.state_dict())
+    tokens = prompt(0, length=33)
+    for fusion in (None, preset("cli")):
+        assert closeness(load(base, fusion=fusion).logits(tokens), reference_logits(text, tokens, [])) < 1e-4
 
 
 @pytest.mark.parametrize("context", ["prompt", "visual", "all"])
@@ -1109,6 +1133,9 @@ def test_attention_asks_a_gpu_for_the_same(kernel, monkeypatch):
     with torch.no_grad():
         ours = cli.attend(*(x.as_subclass(AsOnCuda) for x in (q, k, v)), seqlens)  # float32: no such kernel
     assert closeness(ours.as_subclass(torch.Tensor), expected) < 1e-5 and len(asked) == 1
+    narrow = [x[..., :12] for x in (q, k, v)]  # nor one for heads of 12 channels
+    ours = cli.attend(*(x.bfloat16().as_subclass(AsOnCuda) for x in narrow), seqlens).as_subclass(torch.Tensor)
+    assert closeness(ours, cli.attend(*narrow, seqlens)) < 2e-2 and len(asked) == 1
     for capability, built in (((7, 5), True), ((9, 0), False)):  # nor on so old a GPU, nor in builds without one
         packaged = kernel != "varlen_attn" and capability[0] > 7  # which brings its own
         asked.clear()
@@ -1196,15 +1223,6 @@ def test_choose_combines_its_options():
     assert drawn(four, ~seen, 1.0, 1.0, 9, 1.0) == {(0,), (1,), (2,), (3,)}
     both = torch.cat([four, 3 * four.flip(1)])
     assert drawn(both, seen.repeat(2, 1) & False, 1.0, 1.0, 2, 1.0) == {(0, 3), (0, 2), (1, 3), (1, 2)}
-
-
-def test_sampling_keeps_to_the_k_likeliest():
-    """With top_k=3 every sampled id is among the three most likely, and all three occur."""
-    model = tiny(eos_token_ids=())
-    tokens = prompt(0)
-    best = set(model.logits(tokens)[-1].topk(3).indices.tolist())
-    drawn = {decode(model, [tokens], max_new_tokens=1, temperature=20.0, top_k=3, seed=s)[0][0] for s in range(40)}
-    assert drawn == best
 
 
 @pytest.mark.parametrize("layout", ["as on a CPU", "as on a GPU"])
@@ -1785,13 +1803,13 @@ def test_errors_of_pictures(tmp_path, monkeypatch):
     assert cli.MAX_PIXELS >= 108_000_000  # what telephones take
     Image.new("1", (12_000, 12_000)).save(tmp_path / "huge.png")
     program = "import cli; cli.run_program(lambda: cli.load_image('huge.png'))"
-    told = subprocess.run([sys.executable, "-c", program], stderr=-1, text=True, cwd=tmp_path,
+    told = subprocess.run([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True, cwd=tmp_path,
                           env={**os.environ, "PYTHONPATH": str(ROOT)}).stderr
-    assert "huge.png" in told and "128,000,000" in told and told.count("\n") == 1, "no warning of Pillow's beside it"
+    assert "huge.png" in told and "128,000,000" in told and "Decompression" not in told, "no warning of Pillow's"
     monkeypatch.setattr(cli, "MAX_PIXELS", 100)
     monkeypatch.setattr(cli.ImageOps, "exif_transpose", None)  # refused before anything is decoded
     picture(20, 20).save(tmp_path / "large.png")
-    fails(lambda: cli.load_image(tmp_path / "large.png"), "large.png", "100")
+    fails(lambda: cli.load_image(tmp_path / "large.png"), "large.png", "20 x 20 pixels, more than the limit of 100")
 
 
 def test_hub_ids(base, monkeypatch):
@@ -1864,7 +1882,7 @@ def test_errors_of_foreign_configs(tmp_path):
                          ({"text_config": "x"}, "config.json"), ({"vision_config": {"hidden_act": "gelu"}}, "gelu"),
                          ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "yarn"),
                          ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "llama3"),
-                         ({"sliding_window": 8, "use_sliding_window": True}, "8")):
+                         ({"sliding_window": 8, "use_sliding_window": True}, "sliding_window 8")):
         fails(lambda fields=fields: load(write(tmp_path, raw | fields, tensors)), told)
     write(tmp_path, raw, tensors)
     foreign_checkpoint(tmp_path / "foreign", preset("cli"), **FOREIGN["levels in the names"][1])
@@ -1915,7 +1933,7 @@ def test_errors_of_keys(tmp_path):
     tensors["image_newline"] = torch.ones(WIDTH)  # two names of one tensor: neither wins in silence
     write(tmp_path, original_config(onevision()), tensors)
     fails(lambda: load(tmp_path), "1.self_attn.q_proj.bias", "2.mlp.down_proj.weight", "3.surprise.weight", "projector",
-          "48", "[7, 3]", f"image_newline [{WIDTH}]")
+          f"[{WIDTH}, 5] instead of [{WIDTH}, 48]", "[7, 3]", f"image_newline [{WIDTH}]")
 
 
     assert [*cli.grouped(["a.1.b", "a.2.b", "a.3.b"]), *cli.grouped(["a.1.b", "a.5.b"])] == ["a.{1..3}.b", "a.{1,5}.b"]
@@ -1952,13 +1970,15 @@ def test_errors_of_prompts(base):
     model.config = dataclasses.replace(
         model.config, decoder=dataclasses.replace(model.config.decoder, max_position_embeddings=40)
     )
-    fails(lambda: model.logits(prompt(1, 9), one), "45", "40")
-    fails(lambda: decode(model, [prompt(1, 9)], [one], max_new_tokens=2), "45", "40")
+    told = "45 tokens in one sequence (pictures included), but this model's context is 40"
+    fails(lambda: model.logits(prompt(1, 9), one), told)
+    fails(lambda: decode(model, [prompt(1, 9)], [one], max_new_tokens=2), told)
     fails(lambda: decode(model, [[]], [[]], max_new_tokens=2), "empty")
     assert len(model.logits(prompt(0, 40))) == 40, "a prompt that just fits"
     cache = cli.KVCache(model.config.decoder, 1, 0)
     decode(model, [prompt(0, 30)], max_new_tokens=3, cache=cache)
-    fails(lambda: decode(model, [prompt(0, 9)], max_new_tokens=2, cache=cache), "41 tokens", "40")  # 30, 2 fed, 9
+    told = "41 tokens in one sequence"  # 30, 2 that were fed, 9
+    fails(lambda: decode(model, [prompt(0, 9)], max_new_tokens=2, cache=cache), told, "context is 40")
     ids = decode(model, [prompt(0, 36)], max_new_tokens=10**12)[0]
     assert len(ids) == 5, "generation ends where the context does"
     for wrong in (TEXT["vocab_size"], -1):
@@ -1980,8 +2000,9 @@ def test_errors_of_options(base):
     fails(lambda: Config(decoder=odd, fusion=FusionConfig(routes=((1, (2,)),), gate="scalar")), "agf_heads 5", "896")
     for spec in ("RANGE-1-x-4", "1;2", "", "RANGE-1-9-0"):
         fails(lambda spec=spec: cli.parse_layers(spec), repr(spec))
-    fails(lambda: tiny_config(FusionConfig(routes=((LAYERS, (1,)),))), LAYERS)
-    fails(lambda: tiny_config(FusionConfig(routes=((0, (BLOCKS + 1,)),))), BLOCKS + 1)
+    told = f"decoder layers are 0..{LAYERS - 1}, levels 0..{BLOCKS}"
+    fails(lambda: tiny_config(FusionConfig(routes=((LAYERS, (1,)),))), f"route {LAYERS} <- [1]", told)
+    fails(lambda: tiny_config(FusionConfig(routes=((0, (BLOCKS + 1,)),))), f"route 0 <- [{BLOCKS + 1}]", told)
     for name in ("projector", "gate", "lora_per", "agf_attention", "agf_order", "agf_context", "inject_at"):
         fails(lambda name=name: FusionConfig(**{name: "scaler"}), name, "scaler", getattr(FusionConfig(), name))
     fails(lambda: tiny_config(FusionConfig(routes=((-1, (1,)),))), "route -1")
@@ -2055,7 +2076,7 @@ def test_run_program(capsys):
     with pytest.raises(RuntimeError, match="a bug"):  # nobody's mistake but ours
         cli.run_program(broken)
     program = "import cli; cli.run_program(lambda: print('世界'))"
-    shown = subprocess.run([sys.executable, "-c", program], stdout=-1, cwd=ROOT, check=True,
+    shown = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, cwd=ROOT, check=True,
                            env={**os.environ, "PYTHONIOENCODING": "ascii"}).stdout
     assert shown.split() == [rb"\u4e16\u754c"], "what the output cannot hold is no traceback"
     with pytest.MonkeyPatch.context() as patch:  # closed by whoever started the program
@@ -2063,10 +2084,12 @@ def test_run_program(capsys):
             patch.setattr(sys, name, None)
         cli.run_program(lambda: print(sys.stdin.read()))
     program = "import cli, os; cli.run_program(lambda: [print('text', flush=True) for _ in range(10**6)])"
-    with subprocess.Popen([sys.executable, "-c", program], stdout=-1, stderr=-1, text=True, cwd=ROOT) as left:
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, **pipes) as left:
         left.stdout.readline()
         left.stdout.close()  # as `| head -1` does
-        assert left.stderr.read() == "" and left.wait() == 1
+        told = left.stderr.read()
+        assert left.wait() == 1 and "Traceback" not in told and "BrokenPipe" not in told
 
 
 def test_a_file_that_cannot_be_written_is_one_line(tmp_path, capsys):
@@ -2098,8 +2121,8 @@ def test_a_file_that_cannot_be_written_is_one_line(tmp_path, capsys):
     assert modes == {(tmp_path / "plain").stat().st_mode}, "read by whom any file of this user's is"
     before = (tmp_path / "model.safetensors").read_bytes()
     with pytest.MonkeyPatch.context() as patch:  # killed while it writes
-        patch.setattr(cli, "save_file", lambda state, path, **_: path.write_bytes(b"half") and 1 / 0)
-        with pytest.raises(ZeroDivisionError):
+        patch.setattr(cli, "save_file", lambda state, path, **_: path.write_bytes(b"half") and stop())
+        with pytest.raises(Stop):
             tiny().save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == before
 
@@ -2628,7 +2651,7 @@ def png_bytes(colour="red", size=(9, 7)):
 # ---- the emoji corpus
 
 
-def test_emoji_splits_are_disjoint(emoji, tmp_path, monkeypatch):
+def test_emoji_splits_are_disjoint(emoji, tmp_path):
     """Read back from the recipes: what is held out occurs nowhere in training, only where it is asked for."""
     concepts = scenes.load_emoji()[1]
     shown = {split: set() for split in SPLITS}  # (concept, artist, colour), a skin tone counted as its concept
@@ -2879,7 +2902,7 @@ def conversation(*texts, **fields):
     return {"conversations": [{"from": r, "value": t} for r, t in zip(roles, texts)], **fields}
 
 
-def test_llava_labels(small_tokenizer, tmp_path, monkeypatch):
+def test_llava_labels(small_tokenizer, tmp_path):
     """The example of the original's mask, token by token, and the plain mask of the same row."""
     (tmp_path / "cat.png").write_bytes(png_bytes())
     record = conversation("What is this?\nAnswer in one word.\n<image>", "A cat.", image="cat.png")
@@ -2925,7 +2948,7 @@ def test_llava_conversations():
     assert special == [("user", ["<|im_end|>"]), ("assistant", ["<|im_start|>"])]
 
 
-def test_llava_bad_rows(small_tokenizer, tmp_path, monkeypatch, capsys):
+def test_llava_bad_rows(small_tokenizer, tmp_path, capsys):
     """Bad rows are listed with line and reason and left out; too many of them stop the run without a manifest."""
     (tmp_path / "good.png").write_bytes(png_bytes())
     (tmp_path / "broken.png").write_bytes(png_bytes()[:40])
@@ -2941,11 +2964,11 @@ def test_llava_bad_rows(small_tokenizer, tmp_path, monkeypatch, capsys):
         json.dumps(conversation("<image> Hi", "Ho", image=["good.png"] * 2)): "1 <image> in the text, 2 pictures",
         json.dumps(conversation("Hi", "<image>", image="good.png")): "in an answer",
         json.dumps(conversation("Hi", "Ho", image="missing.png")): "missing.png",
-        json.dumps(conversation("Hi", "Ho", image="broken.png")): "picture",
+        json.dumps(conversation("Hi", "Ho", image="broken.png")): "picture 1: picture: not a picture",
         json.dumps(conversation("Hi", "Ho", image="recipe.png")): "not a picture",
         json.dumps(conversation("Hi", "Ho", images=["good.png"], image=None)): 'the key is "image"',
         json.dumps(conversation("Hi", "\ud800")): "not valid Unicode",
-        json.dumps(conversation("Hi", "Ho", image="\ud800.png")): "picture",
+        json.dumps(conversation("Hi", "Ho", image="\ud800.png")): "picture '\\ud800.png': ",
         json.dumps({"conversations": [{"from": ["human"], "value": "a"}, {"from": "gpt", "value": "b"}]}): "from/value",
         "[" * 100_000: "",
         json.dumps(conversation("Hi", "Ho", video="a.mp4")): "video",
@@ -2974,7 +2997,7 @@ def test_llava_bad_rows(small_tokenizer, tmp_path, monkeypatch, capsys):
     assert manifest["rows_planned"] == {"train": 18, "val": 6} and manifest["bad_rows"] == len(bad)
 
 
-def test_llava_rows_that_were_mended(small_tokenizer, tmp_path, monkeypatch):
+def test_llava_rows_that_were_mended(small_tokenizer, tmp_path):
     """A picture that was missing and is there now is taken up by the same command; other pictures by --overwrite."""
     (tmp_path / "chat.jsonl").write_text(json.dumps(conversation("Hi", "Ho", image="a.png")))
     arguments = ["llava", tmp_path / "chat.jsonl", "--tokenizer", small_tokenizer, "--out", tmp_path / "out"]
@@ -2991,8 +3014,8 @@ def test_llava_rows_that_were_mended(small_tokenizer, tmp_path, monkeypatch):
         run_prepare_data(*arguments, "--images", tmp_path)
     (tmp_path / "chat.jsonl").write_text(json.dumps(conversation("Hi", "Ho", image="a.png")))
     with pytest.MonkeyPatch.context() as killed:  # while it goes on: what is there is no longer said to be whole
-        killed.setattr(prepare_data, "shard_facts", lambda path: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
+        killed.setattr(prepare_data, "shard_facts", stop)
+        with pytest.raises(Stop):
             run_prepare_data(*arguments, "--images", tmp_path)
     assert not (tmp_path / "out/manifest.json").exists()
     (tmp_path / "other").mkdir()
@@ -3142,7 +3165,9 @@ def mixed(emoji, tmp_path_factory):
     for n, sizes in enumerate([(), [(70, 33)], [(20, 200)], [(64, 64), (31, 90)], [(400, 390)], (), [(129, 128)]]):
         names = [f"{n}-{i}.png" for i in range(len(sizes))]
         for name, size in zip(names, sizes):
-            Image.effect_noise(size, 90).convert("RGB").save(folder / name)
+            exif = Image.Exif()
+            exif[0x0112] = 6 if size == (70, 33) else 1  # stored turned: it is 33 x 70, and takes other tiles
+            Image.effect_noise(size, 90).convert("RGB").save(folder / name, exif=exif)
         turns = [{"from": "human", "value": "<image>\n" * len(names) + "What?"}, {"from": "gpt", "value": f"A {n}."}]
         records.append({"image": names, "conversations": turns * (1 + n % 2) if not names else turns})
     (folder / "chat.json").write_text(json.dumps(records))
@@ -3265,13 +3290,16 @@ def test_rows_of_a_step_are_permutations():
 
 
 def test_micro_batches_keep_to_the_budget(emoji):
-    """Every row of the step is in one micro-batch, none holds more than the budget, a longer row stands alone."""
+    """The rows of a step by length, each once, cut up where the budget ends; a row that is longer stands alone."""
     rows = train.Rows(emoji, "train", Config(vision=VisionConfig(**TINY["vision"])))
     order = list(range(40, 0, -1))
     for budget, least, most in ((1, 40, 40), (300, 10, 39), (10_000, 1, 1)):
         batches = train.micro_batches(rows, order, budget)
-        assert sorted(i for batch in batches for i in batch) == sorted(order) and least <= len(batches) <= most
-        assert all(len(b) == 1 or sum(rows.lengths[i] for i in b) <= budget for b in batches)
+        assert sum(batches, []) == sorted(order, key=lambda i: (rows.lengths[i], i)) and least <= len(batches) <= most
+        sizes = [sum(rows.lengths[i] for i in batch) for batch in batches]
+        assert all(size <= budget or len(batch) == 1 for size, batch in zip(sizes, batches))
+        for size, following in zip(sizes, batches[1:]):  # none could have taken the next row too
+            assert size + rows.lengths[following[0]] > budget
 
 
 def test_schedule_rises_then_falls():
@@ -3381,7 +3409,7 @@ def test_bfloat16_and_checkpointing_come_close(few, tmp_path, monkeypatch):
 
 def test_settings_reach_the_optimisers(emoji):
     """Every part learns at its own rate, the blocks' matrices at Muon's, all of them along the schedule, the gates from
-    gate_start on; beta2 is AdamW's, and no gradient is longer than clip."""
+    gate_start on; beta2 is AdamW's, and no gradient is longer than clip, where that is not 0."""
     model, steps = tiny_model(emoji), 8
     cfg = settings(emoji, "unused", lr_vision=1e-4, lr_projector=2e-4, lr_fusion=3e-4, lr_decoder=4e-4, muon=5.0,
                    beta2=0.9, warmup=0.5, gate_start=0.5, clip=1e-3, steps=0)
@@ -3396,14 +3424,20 @@ def test_settings_reach_the_optimisers(emoji):
         assert any(mine is group for group in muon.param_groups) == block, name
     assert {group["betas"] for group in adamw.param_groups} == {(0.9, 0.9)}
     batch = train.Rows(emoji, "train", model.config).batch(range(4))
-    for step in (1, 2, 4, 5, 8):
+
+    def lengths(step, cfg):  # of the gradient, before and after it is clipped
         norm = train.take_step(model, optimizers, [batch], 10, step, steps, cfg, contextlib.nullcontext())[1]
-        clipped = torch.cat([g.flatten() for g in gradients(model).values()]).norm()
-        assert norm > 1e-3 and clipped == pytest.approx(1e-3, rel=1e-3)
+        return norm, torch.cat([g.flatten() for g in gradients(model).values()]).norm()
+
+    for step in (1, 2, 4, 5, 8):
+        whole, clipped = lengths(step, cfg)
+        assert whole > 1e-3 and clipped == pytest.approx(1e-3, rel=1e-3)
         for name, p in model.named_parameters():
             (mine,) = [group for group in groups if any(p is q for q in group["params"])]
             waits = name.startswith("agf.") and step <= 4
             assert mine["lr"] == (0 if waits else pytest.approx(peaks[name] * train.schedule(step - 1, 8, 0.5))), name
+    whole, left = lengths(8, dataclasses.replace(cfg, clip=0.0))
+    assert whole > 1e-3 and left == pytest.approx(whole, rel=1e-5)
 
 
 def test_rows_that_are_too_long_are_left_out(mixed, tmp_path, monkeypatch):
@@ -3428,15 +3462,6 @@ def test_rows_that_are_too_long_are_left_out(mixed, tmp_path, monkeypatch):
         assert ["dev_loss" in line for line in log_of(tmp_path / f"run{n}")] == [False, True]
 
 
-def test_clip_0_does_not_clip(few, tmp_path):
-    """--clip 0 is no clipping: as with a norm that no gradient reaches."""
-    after = []
-    for name, clip in (("none", 0.0), ("high", 1e9)):
-        train.train(settings(few, tmp_path / name, steps=2, clip=clip))
-        after.append(load_file(tmp_path / name / "model.safetensors"))
-    assert all(torch.equal(after[0][name], after[1][name]) for name in after[0])
-
-
 def test_frozen_parts_do_not_change(emoji, tmp_path, monkeypatch):
     """A part whose learning rate is 0 has no gradient and keeps its values to the bit; all others move."""
     sum_over_ranks, grads = train.sum_over_ranks, []
@@ -3457,6 +3482,19 @@ def test_frozen_parts_do_not_change(emoji, tmp_path, monkeypatch):
 
 
 # ---- runs
+
+
+@pytest.fixture
+def minutes(monkeypatch):
+    """train.py's clock, by which a step takes a minute and nothing else takes any time."""
+    now, take_step = [0.0], train.take_step
+
+    def one_minute(*args):
+        now[0] += 60
+        return take_step(*args)
+
+    monkeypatch.setattr(train, "take_step", one_minute)
+    monkeypatch.setattr(train, "time", argparse.Namespace(time=lambda: now[0]))
 
 
 @pytest.mark.parametrize("muon", [0.0, 5.0])
@@ -3527,18 +3565,19 @@ def test_gates_wait(emoji, tmp_path, start, moves):
     assert rates == pytest.approx([peak * train.schedule(step, 3, cfg.warmup) for step in range(3)])
 
 
-def test_interrupted_run_resumes_bitwise(few, tmp_path, monkeypatch):
-    """Interrupted and run again: the same log, the same weights, to the last bit, as the run in one go."""
+def test_interrupted_run_resumes_bitwise(few, tmp_path, minutes, monkeypatch):
+    """Interrupted and run again: the same log, the same weights, to the last bit, as the run in one go; its seconds are
+    those of the steps that count."""
     train.train(settings(few, tmp_path / "whole", steps=9, eval_every=4, muon=5.0, gate_start=0.5))
     backward, calls = train.backward, []
 
-    def stop(*args):
+    def interrupted(*args):
         calls.append(1)
         if len(calls) in (4, 7):
             raise KeyboardInterrupt
         return backward(*args)
 
-    monkeypatch.setattr(train, "backward", stop)
+    monkeypatch.setattr(train, "backward", interrupted)
     cfg = settings(few, tmp_path / "parts", steps=9, eval_every=4, muon=5.0, gate_start=0.5, save_minutes=0.0)
     with pytest.raises(KeyboardInterrupt):
         train.train(cfg)
@@ -3559,8 +3598,10 @@ def test_interrupted_run_resumes_bitwise(few, tmp_path, monkeypatch):
     dev = train.Rows(few, "dev", model.config)
     loss = train.mean_loss(model, dev, range(len(dev)), cfg, contextlib.nullcontext())
     assert loss == pytest.approx(whole[-1]["dev_loss"], rel=1e-4)
-    seconds = [line["seconds"] for line in lines_of(tmp_path / "parts/log.jsonl")]
-    assert seconds == sorted(seconds) and seconds[-1] > 0
+    for name in ("whole", "parts"):
+        lines = lines_of(tmp_path / name / "log.jsonl")
+        assert [line["seconds"] for line in lines] == [60.0 * step for step in range(1, 10)]
+        assert cli.read_json(tmp_path / name / "train.json")["seconds"] == 540
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
     assert not list((tmp_path / "parts").glob("*state.pt*"))
@@ -3568,25 +3609,32 @@ def test_interrupted_run_resumes_bitwise(few, tmp_path, monkeypatch):
     assert len(calls) == 11
 
 
-def test_checkpoints_come_by_the_clock(few, tmp_path, monkeypatch, capsys):
+def test_checkpoints_come_by_the_clock(few, tmp_path, minutes, monkeypatch, capsys):
     """One every save_minutes, and it stays until the model is written; settings are told and kept from the start."""
-    clock, saved, write_whole = itertools.count(0, 30), [], cli.write_whole  # every look at it half a minute later
-    monkeypatch.setattr(train, "time", argparse.Namespace(time=lambda: next(clock)))
-    monkeypatch.setattr(cli, "write_whole", lambda path, write: saved.append(path.name) or write_whole(path, write))
-    train.train(settings(few, tmp_path / "run", steps=9, save_minutes=2.0))  # three looks a step, one more a checkpoint
-    assert saved.count("state.pt") == 4 and "loss" in cli.read_json(tmp_path / "run/train.json")
-    monkeypatch.setattr(CLI, "save_pretrained", lambda *_, **__: [][0])
+    saved, write_whole = [], cli.write_whole
+
+    def spy(path, write):
+        write_whole(path, write)
+        if path.name == "state.pt":
+            saved.append(torch.load(path, weights_only=True)["step"])
+
+    monkeypatch.setattr(cli, "write_whole", spy)
+    train.train(settings(few, tmp_path / "run", steps=9, save_minutes=1.5))
+    assert saved == [2, 4, 6, 8] and "loss" in cli.read_json(tmp_path / "run/train.json")
+    assert not (tmp_path / "run/state.pt").exists()
+    monkeypatch.setattr(CLI, "save_pretrained", stop)
     capsys.readouterr()
-    with pytest.raises(IndexError):
+    with pytest.raises(Stop):
         train.train(settings(few, tmp_path / "full", steps=2, save_minutes=0.0))
     assert torch.load(tmp_path / "full/state.pt", weights_only=True)["step"] == 1
     facts, told = cli.read_json(tmp_path / "full/train.json"), capsys.readouterr().out
-    assert facts["config"]["steps"] == facts["steps"] == 2 and facts["commit"] == train.commit()
+    assert facts["config"]["steps"] == facts["steps"] == 2
+    assert re.fullmatch(r"[0-9a-f]{40}(\+changes)?|unknown", facts["commit"])
     told = next(line for line in told.splitlines() if line.startswith("settings"))
     assert ", steps=2," in told and "beta2" not in told
     fails(lambda: train.train(settings(few, tmp_path / "full", steps=3)), "a run with other settings", "steps=2")
     (tmp_path / "full/state.pt").unlink()  # nothing was saved yet: nothing would be lost
-    with pytest.raises(IndexError):
+    with pytest.raises(Stop):
         train.train(settings(few, tmp_path / "full", steps=3))
     assert cli.read_json(tmp_path / "full/train.json")["steps"] == 3
     (tmp_path / "bundle").mkdir()
@@ -3616,8 +3664,8 @@ def test_fresh_parts_follow_the_seed(few, tmp_path, monkeypatch):
     one, other = (train.build_model(settings(few, "unused", seed=seed), manifest) for seed in (0, 1))
     assert not torch.equal(one.projector[0].weight, other.projector[0].weight)
     asked = []
-    monkeypatch.setattr(CLI, "from_pretrained", lambda *args, **kw: asked.append((args, kw)) or [][0])
-    with pytest.raises(IndexError):
+    monkeypatch.setattr(CLI, "from_pretrained", lambda *args, **kw: asked.append((args, kw)) or stop())
+    with pytest.raises(Stop):
         train.build_model(settings(few, "unused", init_from="qwen", vision="siglip", seed=3), manifest)
     expected = dict(vision="siglip", fusion="cli", fusion_fields=FUSION, dtype="float32", seed=3, quiet=False)
     assert asked == [(("qwen",), expected)]
@@ -3660,7 +3708,6 @@ def test_two_ranks_give_what_one_gives(few, tmp_path, monkeypatch):
         return loss
 
     monkeypatch.setattr(train, "sum_over_ranks", spy)
-    monkeypatch.setattr(os, "environ", os.environ.copy())  # main() writes there
     for name, ranks in (("one", "1"), ("two", "2")):
         arguments = ["--config", str(tmp_path / "run.json"), "--out", str(tmp_path / name), "--ranks", ranks]
         monkeypatch.setattr(sys, "argv", [str(ROOT / "train.py"), *arguments])
@@ -3701,7 +3748,6 @@ def test_sharded_ranks_give_what_one_gives(mixed, tmp_path, monkeypatch):
             saved[len(saved)] = path.read_bytes()
 
     monkeypatch.setattr(cli, "write_whole", spy)
-    monkeypatch.setattr(os, "environ", os.environ.copy())  # main() writes there
 
     def run(name, ranks, **more):
         stage = {k: v for k, v in {**base, **more}.items() if k != "out"}
@@ -3757,7 +3803,7 @@ def test_recipes(tmp_path, monkeypatch):
     assert [Path(cfg.out).name for cfg in stages] == ["encode", "pretrain", "tune", "blind"] * 2 + ["cli"]
     for encode, pretrain, tune, blind in (stages[:4], stages[4:8]):
         assert [cfg.init_from for cfg in (encode, pretrain, tune, blind)] == ["", encode.out, pretrain.out, ""]
-        limit = 0 if "nano" in tune.out else 250
+        limit = {"nano": 0, "quick": 250}[Path(tune.out).parent.name]
         assert scored.pop(0) == (tune.out, blind.out, "mine", "page", "cpu", limit) and blind.blind and not tune.blind
     assert not scored and stages[8].init_from.startswith("lmms-lab/")
     # Another fusion is for the stage that has one, and keeps the fields that it does not name.
@@ -3851,7 +3897,6 @@ def test_train_mistakes_are_one_line(few, mixed, tmp_path, monkeypatch, capsys):
         ([*tiny, "--init_from", ROOT / "assets/nano"], "was made with another tokenizer"),
         (["--evaluate", tmp_path / "nowhere", "--data", few], "neither a folder nor a hub id"),
         (["--evaluate", ROOT / "assets/nano", "--data", few], "was made with another tokenizer"),
-        (["--evaluate", tmp_path / "done", "--data", tmp_path], "no manifest.json"),
     ):
         error = mistake(monkeypatch, capsys, train, *arguments)
         assert message in error, (arguments, error)
@@ -3882,7 +3927,7 @@ def test_training_goes_on_with_the_fusion_there_is(few, tmp_path):
         assert all(torch.equal(p, q) for p, q in zip(model.parameters(), base.parameters(), strict=True))
 
 
-def test_data_made_anew_is_noticed(few, emoji, tmp_path, monkeypatch, capsys):
+def test_data_made_anew_is_noticed(few, emoji, tmp_path, capsys):
     """A run does not go on with other rows than it began with, nor start from a model with another tokenizer."""
     arguments = ["emoji", "--out", tmp_path / "data", "--tokenizer", few, "--encode", 0, "--pretrain", 0, "--val", 0]
     run_prepare_data(*arguments, "--train", 20)
@@ -4155,6 +4200,7 @@ def test_benchmarks_keep_to_one_model(tmp_path, monkeypatch):
         module = types.SimpleNamespace(lmms=object, simple_evaluate=None, TaskManager=None, logger=None)
         monkeypatch.setitem(sys.modules, name, module)
     benchmarks = importlib.import_module("experiments.benchmarks")
+    del sys.modules["experiments.benchmarks"], sys.modules["experiments"].benchmarks  # made of stand-ins: for us alone
     own = {"model": "a", "weights": "0123", "dtype": "float32"}
     assert benchmarks.open_run(tmp_path / "out", own) == ({}, [])
     line = dict.fromkeys(benchmarks.KEY, 1) | {"answer": "yes"}
@@ -4165,7 +4211,6 @@ def test_benchmarks_keep_to_one_model(tmp_path, monkeypatch):
         with pytest.raises(InputError, match="another model"):
             benchmarks.open_run(tmp_path / "out", {**own, **change})
     assert benchmarks.open_run(tmp_path / "out", own)[0]
-    monkeypatch.delitem(sys.modules, "experiments.benchmarks")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
