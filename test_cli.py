@@ -6,6 +6,7 @@ that on a fresh model a dropped bias or two swapped norms would not be seen (tes
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import datetime
 import functools
@@ -966,8 +967,25 @@ def test_new_adapters_start_as_the_equations_say(base, capsys):
     assert load(base, fusion="deepstack").config.fusion.routes == ((0, (BLOCKS,)),)
     assert capsys.readouterr().err == "", "quiet"
     for mlp in load(base, fusion=preset("full_amp")).amp.values():  # a level's own MLP starts where the shared one is
-        for copy, shared in zip(mlp.parameters(), model.projector.parameters(), strict=True):
-            assert torch.equal(copy, shared)
+        for own, shared in zip(mlp.parameters(), model.projector.parameters(), strict=True):
+            assert torch.equal(own, shared)
+
+
+@pytest.mark.parametrize("kind", ["siglip", "clip"])
+def test_fresh_weights(kind):
+    """A model from scratch: every matrix N(0, 0.02), the newline vector by its width, norms 1, biases 0."""
+    config = tiny_config()
+    model = CLI(dataclasses.replace(config, vision=dataclasses.replace(config.vision, kind=kind))).init_weights()
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            assert not p.any(), name
+        elif "norm" in name:
+            assert (p == 1).all(), name
+        else:
+            std, few = (WIDTH**-0.5 if name == "image_newline" else 0.02), p.ndim == 1
+            assert p.std().item() == pytest.approx(std, rel=0.5 if few else 0.2), name
+            assert abs(p.mean()) < 5 * std / p.numel() ** 0.5, name
+    assert len({p.flatten()[0].item() for p in model.parameters() if p.ndim > 1}) > 50, "each drawn for itself"
 
 
 def test_layer_lists_and_presets():
@@ -1147,6 +1165,46 @@ def test_attention_asks_a_gpu_for_the_same(kernel, monkeypatch):
         ours = cli.attend(*(x.bfloat16().as_subclass(AsOnCuda) for x in (q, k, v)), seqlens).as_subclass(torch.Tensor)
         assert closeness(ours, expected) < 2e-2
         assert (len(asked), groups) == ((1, []) if packaged else (0, [False]))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype, flash", [(torch.float32, False), (torch.bfloat16, True), (torch.bfloat16, False)])
+def test_a_gpu_computes_what_a_cpu_does(dtype, flash, monkeypatch):
+    """Logits, gates and gradient of a batch, and what is decoded, with flash attention and without it."""
+    config = tiny_config(preset("cli"), eos_token_ids=())
+    decoder = dataclasses.replace(config.decoder, head_dim=16)  # of multiples of 8, which flash attention asks for
+    model = perturb(CLI(dataclasses.replace(config, decoder=decoder)), seed=3)
+    model.decoder.embed_tokens.weight.data.mul_(6)
+    gpu, kernel, calls = copy.deepcopy(model).to("cuda", dtype), "varlen_attn", []
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # of the patch embedding
+    if flash and (torch.cuda.get_device_capability()[0] < 8 or not torch.backends.cuda.is_flash_attention_available()):
+        pytest.skip("this GPU, or this build of PyTorch, has no flash attention")
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: flash)
+    monkeypatch.setattr(cli, "flash_attn_varlen_func", None)
+    monkeypatch.setattr(cli, kernel, lambda *args, spied=getattr(cli, kernel), **options: (
+        calls.append(1) or spied(*args, **options)))
+    tokens, pictures = torch.cat([t for t, _ in REQUESTS]), sum((prepare(i, model.config) for _, i in REQUESTS), [])
+    labels = torch.cat([t.where((torch.arange(len(t)) > 5) & (t != IMAGE_TOKEN), IGNORE) for t, _ in REQUESTS])
+    seqlens, found = [len(t) for t, _ in REQUESTS], []
+    for m in (model, gpu):
+        with torch.no_grad():
+            logits, gates = m(tokens.to(m.device), pictures, seqlens)
+        loss, count, _ = m(tokens.to(m.device), pictures, seqlens, labels=labels.to(m.device))
+        (loss / count).backward()
+        grads = torch.cat([p.grad.flatten().float().cpu() for p in m.parameters()])
+        found.append((logits.float().cpu(), {l: W.float().cpu() for l, W in gates.items()}, loss.item() / count, grads))
+    (logits, gates, loss, grads), (ours, our_gates, our_loss, our_grads) = found
+    close, largest = 1e-4 if dtype == torch.float32 else 0.05, logits.abs().max()
+    assert closeness(ours, logits) < close * largest and our_loss == pytest.approx(loss, rel=close)
+    assert all(closeness(our_gates[l], W) < close for l, W in gates.items())
+    assert F.cosine_similarity(our_grads, grads, dim=0) > 1 - close
+    prompts, images = [t for t, _ in REQUESTS], [i for _, i in REQUESTS]
+    for ids, said, shown in zip(prompts, decode(gpu, prompts, images, max_new_tokens=6), images):
+        whole = torch.cat([ids, torch.tensor(said)])
+        with torch.no_grad():  # near a tie another id may be chosen, but none that the CPU finds much less likely
+            scores = model(whole, prepare(shown, model.config), context=torch.arange(len(whole)) < len(ids))[0][-7:-1]
+        assert len(said) == 6 and (scores.amax(1) - scores[range(6), said]).max() < 2 * close * largest
+    assert bool(calls) == flash
 
 
 def test_without_a_newline_vector_there_are_no_newline_tokens():
@@ -2246,6 +2304,18 @@ def test_sample_without_arguments(monkeypatch, capsys):
     assert out == "orange\n"
 
 
+def test_readme_shows_what_is_there(monkeypatch, capsys):
+    """Its lines of Python give the answer, and its table of files has each program's number of lines."""
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"(?s)```python\n(.*?)```", page)
+    monkeypatch.chdir(ROOT)
+    exec(program, {})
+    assert capsys.readouterr().out == "volcano"
+    table = {name: int(lines) for name, lines in re.findall(r"(?m)^\| \[`(\w+\.py)`\]\(\1\) \| (\d+) \|", page)}
+    names = ("cli.py", "sample.py", "prepare_data.py", "train.py", "test_cli.py")
+    assert table == {name: (ROOT / name).read_bytes().count(b"\n") for name in names}
+
+
 def test_sample_passes_its_options_on(sample_model, tmp_path, monkeypatch, capsys):
     """Every flag of sampling reaches generate(), in a batch too, and every flag of the model from_pretrained()."""
     calls, loads, load = [], [], CLI.from_pretrained
@@ -2929,6 +2999,26 @@ def test_llava_labels(small_tokenizer, tmp_path):
     masks = [prepare_data.encode_row({"pictures": [], "turns": turn * n}, tokenizer, "qwen_1_5", "llava")[1]
              for n in (1, 2)]
     assert masks[1] == masks[0] + masks[0][11:], "a second turn as the first, but for the system turn"
+
+
+def test_llava_with_the_template_of_vicuna(llama, tmp_path):
+    """Each answer is supervised to its </s>, nothing else is; the original's mask is of the other template alone."""
+    (tmp_path / "tokenizer.json").write_text(llama[0].json, encoding="utf-8")
+    (tmp_path / "cat.png").write_bytes(png_bytes())
+    record = conversation("<image>\nWhat is this?", "A cat.", image="cat.png")
+    record["conversations"] += conversation("No?", "Yes.")["conversations"]
+    (tmp_path / "chat.json").write_text(json.dumps([record]))
+    arguments = ["llava", tmp_path / "chat.json", "--images", tmp_path, "--tokenizer", tmp_path, "--template",
+                 "vicuna_v1", "--out", tmp_path / "out"]
+    fails(lambda: run_prepare_data(*arguments, "--labels", "llava"), "--labels llava is the mask of template qwen_1_5")
+    assert not (tmp_path / "out").exists()
+    run_prepare_data(*arguments)
+    ((tokens, mask, pictures, _),) = rows_of(tmp_path / "out", "train")
+    spans = [[i for i, _ in run] for on, run in itertools.groupby(zip(tokens, mask), lambda pair: pair[1]) if on]
+    assert [llama[1].decode(span, skip_special_tokens=False) for span in spans] == ["A cat.</s>", "Yes.</s>"]
+    text = VICUNA + " USER: <image>\nWhat is this? ASSISTANT: A cat.</s>USER: No? ASSISTANT: Yes.</s>"
+    assert tokens == [1, *literal_ids(llama[1], text)] and pictures == [png_bytes()]
+    assert cli.read_json(tmp_path / "out/manifest.json")["template"] == "vicuna_v1"
 
 
 def test_llava_conversations():
@@ -3621,6 +3711,8 @@ def test_checkpoints_come_by_the_clock(few, tmp_path, minutes, monkeypatch, caps
     monkeypatch.setattr(cli, "write_whole", spy)
     train.train(settings(few, tmp_path / "run", steps=9, save_minutes=1.5))
     assert saved == [2, 4, 6, 8] and "loss" in cli.read_json(tmp_path / "run/train.json")
+    left = re.findall(r"step (\d)/9 .* ([\d.]+) min left", capsys.readouterr().out)
+    assert left == [(str(step), f"{9 - step}.0") for step in range(1, 10)]
     assert not (tmp_path / "run/state.pt").exists()
     monkeypatch.setattr(CLI, "save_pretrained", stop)
     capsys.readouterr()
@@ -3825,6 +3917,44 @@ def test_recipes(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments, "--device", "cpu"])
     train.main()
     assert scored == [("m", "b", "d", "r", "cpu", 5)]
+
+
+def test_ranks_that_are_started(monkeypatch):
+    """Two on two cores where nothing else is asked for, in every recipe; one where there is one core."""
+    started = []
+    monkeypatch.setattr(train, "start_ranks", started.append)
+    monkeypatch.setattr(train, "train", lambda cfg: None)
+    for cores, flags, ranks in ((2, [], [2]), (16, [], [2]), (1, [], []), (2, ["--ranks", "1"], []),
+                                (2, ["--ranks", "3"], [3])):
+        started.clear()
+        monkeypatch.setattr(torch, "get_num_threads", lambda cores=cores: cores)
+        monkeypatch.setattr(sys, "argv", ["train.py", "--recipe", "paper", "--device", "cpu", *flags])
+        train.main()
+        assert started == (ranks if os.name != "nt" or flags else []), (cores, flags)
+
+
+def test_an_interrupted_run_says_how_it_goes_on(monkeypatch, capsys):
+    """Ctrl-C ends train.py with the status of an interrupted program."""
+    def interrupted(cfg):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "train", interrupted)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--recipe", "paper", "--device", "cpu", "--ranks", "1"])
+    with pytest.raises(SystemExit) as status:
+        cli.run_program(train.main)
+    told = capsys.readouterr().err.split("\n")
+    assert status.value.code == 130
+    assert told[-3:] == ["the same command goes on from the last checkpoint", "stopped", ""]
+
+
+def test_a_line_for_people():
+    """What train.py prints of a line of its log."""
+    line = {"step": 3, "loss": 1.23456, "lr": 1e-3, "norm": 0.5, "gates": {1: 0.25, 3: 0.754}, "tokens_per_s": 1234,
+            "mfu": 0.417, "gib": 1.46, "seconds": 60.0}
+    told = "step 3/10  loss 1.2346  lr 1.00e-03  norm 0.50  W 1:0.25 3:0.75  1234 tok/s  MFU 42%  1.5 GiB  2.5 min left"
+    assert train.readable(line, 10, 150) == told
+    one_to_one = {**line, "gates": {}, "dev_loss": 2.0}
+    assert train.readable(one_to_one, 10, 150) == told.replace("W 1:0.25 3:0.75  ", "") + "  dev 2.0000"
 
 
 def test_train_mistakes_are_one_line(few, mixed, tmp_path, monkeypatch, capsys):
@@ -4100,7 +4230,7 @@ def test_evaluate_generates(few, tmp_path, monkeypatch):
         for i, (tokens, marks, pictures) in enumerate(rows[j] for j in range(9)):
             prompt = tokens[: int((marks == 1).nonzero()[0])].tolist()
             pictures = [scenes.open_picture(p) for p in pictures]
-            ids = [step[0] for step in model.generate([prompt], [pictures], max_new_tokens=32, repetition_penalty=1.0)]
+            (ids,) = decode(model, [prompt], [pictures], max_new_tokens=32, repetition_penalty=1.0)
             if split == "val_pair":
                 assert lines[i]["given"] == model.tokenizer.decode(ids).strip()
                 assert lines[i]["kind"] == rows.kinds[i]
@@ -4517,7 +4647,7 @@ def test_speed_compares_within_a_round():
 def test_questions_of_the_nano_task(emoji, tmp_path):
     """What experiments/tasks/nano/utils.py writes down of a row: its question, its answer, its picture."""
     nano_task.write_questions(tmp_path / "questions.jsonl", emoji, step=1, count=3)
-    lines = [json.loads(line) for line in (tmp_path / "questions.jsonl").read_text().splitlines()]
+    lines = lines_of(tmp_path / "questions.jsonl")
     assert len(lines) == 3 * len(scenes.VALIDATION)
     for split in scenes.VALIDATION:
         rows = emoji_rows(split, 3, 700)
