@@ -1175,7 +1175,7 @@ def test_a_gpu_computes_what_a_cpu_does(dtype, flash, monkeypatch):
     decoder = dataclasses.replace(config.decoder, head_dim=16)  # of multiples of 8, which flash attention asks for
     model = perturb(CLI(dataclasses.replace(config, decoder=decoder)), seed=3)
     model.decoder.embed_tokens.weight.data.mul_(6)
-    gpu, kernel, calls = copy.deepcopy(model).to("cuda", dtype), "varlen_attn", []
+    gpu, kernel, calls = copy.deepcopy(model).to("cuda"), "varlen_attn", []
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # of the patch embedding
     if flash and (torch.cuda.get_device_capability()[0] < 8 or not torch.backends.cuda.is_flash_attention_available()):
         pytest.skip("this GPU, or this build of PyTorch, has no flash attention")
@@ -1183,27 +1183,30 @@ def test_a_gpu_computes_what_a_cpu_does(dtype, flash, monkeypatch):
     monkeypatch.setattr(cli, "flash_attn_varlen_func", None)
     monkeypatch.setattr(cli, kernel, lambda *args, spied=getattr(cli, kernel), **options: (
         calls.append(1) or spied(*args, **options)))
-    tokens, pictures = torch.cat([t for t, _ in REQUESTS]), sum((prepare(i, model.config) for _, i in REQUESTS), [])
-    labels = torch.cat([t.where((torch.arange(len(t)) > 5) & (t != IMAGE_TOKEN), IGNORE) for t, _ in REQUESTS])
-    seqlens, found = [len(t) for t, _ in REQUESTS], []
+    prompts, images, found = [t for t, _ in REQUESTS], [i for _, i in REQUESTS], []
+    tokens, seqlens = torch.cat(prompts), [len(t) for t in prompts]
+    pictures = sum((prepare(group, model.config) for group in images), [])
+    labels = torch.cat([t.where((torch.arange(len(t)) > 5) & (t != IMAGE_TOKEN), IGNORE) for t in prompts])
     for m in (model, gpu):
+        half = m is gpu and dtype == torch.bfloat16  # as training has it: weights in float32
+        with torch.autocast(m.device.type, dtype, enabled=half):
+            loss, count, _ = m(tokens.to(m.device), pictures, seqlens, labels=labels.to(m.device))
+        loss.backward()
+        grads = torch.cat([p.grad.flatten().cpu() for p in m.parameters()])
         with torch.no_grad():
-            logits, gates = m(tokens.to(m.device), pictures, seqlens)
-        loss, count, _ = m(tokens.to(m.device), pictures, seqlens, labels=labels.to(m.device))
-        (loss / count).backward()
-        grads = torch.cat([p.grad.flatten().float().cpu() for p in m.parameters()])
-        found.append((logits.float().cpu(), {l: W.float().cpu() for l, W in gates.items()}, loss.item() / count, grads))
-    (logits, gates, loss, grads), (ours, our_gates, our_loss, our_grads) = found
-    close, largest = 1e-4 if dtype == torch.float32 else 0.05, logits.abs().max()
-    assert closeness(ours, logits) < close * largest and our_loss == pytest.approx(loss, rel=close)
-    assert all(closeness(our_gates[l], W) < close for l, W in gates.items())
-    assert F.cosine_similarity(our_grads, grads, dim=0) > 1 - close
-    prompts, images = [t for t, _ in REQUESTS], [i for _, i in REQUESTS]
+            logits, gates = m.to(dtype if half else torch.float32)(tokens.to(m.device), pictures, seqlens)
+        found.append((logits.float().cpu(), grads, loss.item() / count, {l: W.cpu() for l, W in gates.items()}))
+    (logits, grads, loss, gates), (our_logits, our_grads, our_loss, our_gates) = found
+    close = 1e-3 if dtype == torch.float32 else 0.15  # what a CPU in bfloat16 takes, too
+    assert (our_logits - logits).norm() < close * logits.norm()
+    assert (our_grads - grads).norm() < 2 * close * grads.norm()
+    assert our_loss == pytest.approx(loss, rel=close)
+    assert gates.keys() == our_gates.keys() and all(closeness(our_gates[l], W) < close for l, W in gates.items())
     for ids, said, shown in zip(prompts, decode(gpu, prompts, images, max_new_tokens=6), images):
         whole = torch.cat([ids, torch.tensor(said)])
         with torch.no_grad():  # near a tie another id may be chosen, but none that the CPU finds much less likely
             scores = model(whole, prepare(shown, model.config), context=torch.arange(len(whole)) < len(ids))[0][-7:-1]
-        assert len(said) == 6 and (scores.amax(1) - scores[range(6), said]).max() < 2 * close * largest
+        assert len(said) == 6 and (scores.amax(1) - scores[range(6), said]).max() < 2 * close * scores.abs().max()
     assert bool(calls) == flash
 
 
