@@ -47,19 +47,7 @@ import prepare_data
 import sample
 import train
 from assets.emoji import scenes
-from cli import (
-    CLI,
-    CLIP_MEAN,
-    CLIP_STD,
-    IGNORE,
-    IMAGE_TOKEN,
-    PRESETS,
-    Config,
-    DecoderConfig,
-    FusionConfig,
-    InputError,
-    VisionConfig,
-)
+from cli import CLI, IGNORE, IMAGE_TOKEN, PRESETS, Config, DecoderConfig, FusionConfig, InputError, VisionConfig
 from experiments import fusion as study
 from experiments import fusion_probe, fusion_report, one_kind, speed
 from experiments.tasks.nano import utils as nano_task
@@ -560,7 +548,8 @@ def test_pixels_equal_transformers_llava15(size):
     processor = LlavaImageProcessorPil(
         do_pad=True, size={"shortest_edge": CROP}, crop_size={"height": CROP, "width": CROP}
     )
-    vision = VisionConfig(kind="clip", num_hidden_layers=BLOCKS, image_mean=CLIP_MEAN, image_std=CLIP_STD, **TOWER)
+    colours = dict(image_mean=cli.CLIP_MEAN, image_std=cli.CLIP_STD)
+    vision = VisionConfig(kind="clip", num_hidden_layers=BLOCKS, **colours, **TOWER)
     config = dataclasses.replace(tiny_config(), vision=vision, image_aspect_ratio="pad", newline=False)
     ours = cli.prepare_image(picture(*size), config)
     assert ours.grid is None
@@ -1675,7 +1664,8 @@ def test_config_fields_of_the_originals():
     shapes_15, raw_15 = PUBLISHED["llava-hf LLaVA-1.5-7B"][:2]
     old = cli.read_layout(raw_15, shapes_15)[0]
     assert (old.image_aspect_ratio, old.newline, old.template, old.eos_token_ids) == ("pad", False, "vicuna_v1", (2,))
-    assert (old.vision.image_mean, old.vision.image_std, old.vision.layer_norm_eps) == (CLIP_MEAN, CLIP_STD, 1e-5)
+    assert (old.vision.image_mean, old.vision.image_std) == (cli.CLIP_MEAN, cli.CLIP_STD)
+    assert old.vision.layer_norm_eps == 1e-5
     assert cli.read_layout(dict(raw_15, vision_feature_layer=-1), shapes_15)[0].vision.num_hidden_layers == 24
     fails(lambda: cli.read_layout(dict(raw_15, vision_feature_select_strategy="full"), shapes_15), "class token")
     (shapes_old, raw_old), tower = PUBLISHED["liuhaotian LLaVA-1.5-7B and CLIP"][:2], {"vision_config": CLIP_L_JSON}
@@ -2125,15 +2115,15 @@ def test_run_program(capsys):
         raise KeyboardInterrupt
 
     for main, status, told in ((wrong, 2, "error: cat.png: not a picture\n"), (interrupted, 130, "stopped\n")):
-        with pytest.raises(SystemExit) as stop:
+        with pytest.raises(SystemExit) as ended:
             cli.run_program(main)
-        assert stop.value.code == status and capsys.readouterr().err == told
+        assert ended.value.code == status and capsys.readouterr().err == told
     cli.run_program(lambda: None)
     for main in (lambda: torch.empty(1 << 60), lambda: [0] * (1 << 60), mine):
-        with pytest.raises(SystemExit) as stop:
+        with pytest.raises(SystemExit) as ended:
             cli.run_program(main)
         told = capsys.readouterr().err
-        assert stop.value.code == 2 and told.startswith("error: not enough memory") and told.count("\n") == 1
+        assert ended.value.code == 2 and told.startswith("error: not enough memory") and told.count("\n") == 1
     with pytest.raises(RuntimeError, match="a bug"):  # nobody's mistake but ours
         cli.run_program(broken)
     program = "import cli; cli.run_program(lambda: print('世界'))"
@@ -2920,7 +2910,7 @@ def test_interrupted_run_leaves_nothing_and_resumes(emoji, few, tmp_path, monkey
     arguments = (*FEW, "--out", tmp_path, "--tokenizer", emoji)
     encode_row, calls = prepare_data.encode_row, []
 
-    def stop(*args, **kwargs):
+    def interrupted(*args, **kwargs):
         calls.append(1)
         if len(calls) == 30 + 30 + 40 + 10:  # in the second shard of train
             raise KeyboardInterrupt
@@ -2933,7 +2923,7 @@ def test_interrupted_run_leaves_nothing_and_resumes(emoji, few, tmp_path, monkey
             raise KeyboardInterrupt
 
     shards = {f"{split}-00000.safetensors" for split in ("encode", "pretrain", "train")}
-    for place, name, instead in ((prepare_data, "encode_row", stop), (Path, "write_bytes", write_half)):
+    for place, name, instead in ((prepare_data, "encode_row", interrupted), (Path, "write_bytes", write_half)):
         with monkeypatch.context() as patch:
             patch.setattr(place, name, instead)
             with pytest.raises(KeyboardInterrupt):
