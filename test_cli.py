@@ -2555,13 +2555,13 @@ def test_sample_batch_resumes(sample_model, tmp_path, monkeypatch, capsys):
         status, _, err = run_sample(monkeypatch, capsys, *common)
         assert status == 2 and "choose another --out" in err
     for precious in ("precious\n", "precious", '{"prompt": "mine"}', lines[0]):  # the last: asked otherwise
-        out.write_text(precious)
+        out.write_text(precious, encoding="utf-8")
         status, _, err = run_sample(monkeypatch, capsys, *common, *["--max-new-tokens", 4] * (precious == lines[0]))
-        assert status == 2 and "choose another --out" in err and out.read_text() == precious
+        assert status == 2 and "choose another --out" in err and out.read_text(encoding="utf-8") == precious
     (tmp_path / "none.jsonl").write_text("\n")  # and where nothing is asked
     nothing = ["--model", sample_model, "--batch", tmp_path / "none.jsonl", "--out", out]
     status, _, err = run_sample(monkeypatch, capsys, *nothing)
-    assert status == 2 and "choose another --out" in err and out.read_text() == lines[0]
+    assert status == 2 and "choose another --out" in err and out.read_text(encoding="utf-8") == lines[0]
 
 
 @pytest.mark.parametrize("line", ["{", '{"image": "a.png"}', '{"prompt": "x", "image": 3}', "[" * 100_000,
