@@ -1329,9 +1329,9 @@ def load_image(source):
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
     except Exception as e:  # a damaged file can raise nearly anything out of a decoder
-        name = "picture" if isinstance(source, (io.BytesIO, Image.Image)) else source
+        name = "" if isinstance(source, (io.BytesIO, Image.Image)) else f"{source}: "
         why = "in no format that Pillow knows" if isinstance(e, UnidentifiedImageError) else first_line(e)
-        raise InputError(f"{name}: not a picture that can be read: {why}") from e
+        raise InputError(f"{name}not a picture that can be read: {why}") from e
 
 
 def choose_grid(size, pinpoints):

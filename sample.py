@@ -131,6 +131,8 @@ def prepare(model, paths, prompt):
 
 def ask(model, args, questions):
     """Answer (paths of pictures, prompt) after each other, with heat maps where asked."""
+    if args.gates and not (model.config.fusion.routes and any(paths for paths, _ in questions)):
+        raise InputError("--gates: nothing is let in (no picture, or a model without injection)")
     pages = []
     for paths, prompt in questions:
         start = time.time()
@@ -148,8 +150,6 @@ def ask(model, args, questions):
         if facts["stopped"]:
             raise KeyboardInterrupt
     if args.gates:
-        if not any(gates for _, gates in pages):
-            raise InputError("--gates: nothing was let in (no picture, or a model without injection)")
         draw_gates([page for page in pages if page[1]], args.gates)
 
 
@@ -335,27 +335,27 @@ def main():
         if not path.parent.is_dir() or path.exists() and not path.is_file():
             raise InputError(f"{path}: cannot be written: " + ("not a file" if path.exists() else "no such folder"))
     questions = read_questions(args.batch) if args.batch else []
+    demo = args.prompt is None and args.model == parser.get_default("model") and not args.image
+    if args.prompt is None and not (args.batch or demo or sys.stdin.isatty()):
+        try:
+            args.prompt = sys.stdin.read().strip()
+        except UnicodeDecodeError as e:
+            raise InputError(f"standard input is not text: {e}") from e
+        if not args.prompt:
+            raise InputError("no question: give --prompt, or write it to standard input")
+    elif args.prompt is None and not (args.batch or demo) and (args.gates or args.json):
+        raise InputError("--json and --gates PNG need a --prompt; a chat shows W with plain --gates")
     model = load_model(args)
     if args.batch:
         if failed := batch(model, questions, args):
             raise InputError(f"{failed} questions could not be answered: their lines in {args.out} say why")
-    elif args.prompt is not None:
-        ask(model, args, [(args.image, args.prompt)])
-    elif args.model == parser.get_default("model") and not args.image:
+    elif demo:
         args.gates = args.gates or ""
         ask(model, args, [([HERE / "assets/pictures" / name], prompt) for name, prompt in DEMO])
-    elif sys.stdin.isatty():
-        if args.gates or args.json:
-            raise InputError("--json and --gates PNG need a --prompt; a chat shows W with plain --gates")
-        chat(model, args)
+    elif args.prompt is not None:
+        ask(model, args, [(args.image, args.prompt)])
     else:
-        try:
-            question = sys.stdin.read().strip()
-        except UnicodeDecodeError as e:
-            raise InputError(f"standard input is not text: {e}") from e
-        if not question:
-            raise InputError("no question: give --prompt, or write it to standard input")
-        ask(model, args, [(args.image, question)])
+        chat(model, args)
 
 
 if __name__ == "__main__":

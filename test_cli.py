@@ -1849,7 +1849,7 @@ def test_errors_of_pictures(tmp_path, monkeypatch):
     fails(lambda: cli.load_image(tmp_path / "empty.png"), "empty.png")
     fails(lambda: cli.load_image(tmp_path / "absent.png"), "absent.png")
     fails(lambda: cli.load_image(tmp_path), tmp_path.name)
-    fails(lambda: cli.load_image(b"no picture"), "picture: not a picture", "in no format that Pillow knows")
+    fails(lambda: cli.load_image(b"no picture"), "not a picture", "in no format that Pillow knows")
     fails(lambda: cli.load_image(Image.new("F", (3, 3), 0.5)), "floating-point")  # 0 to 1, or to 255, or anything
     assert cli.MAX_PIXELS >= 108_000_000  # what telephones take
     Image.new("1", (12_000, 12_000)).save(tmp_path / "huge.png")
@@ -2603,7 +2603,7 @@ def test_sample_refuses(sample_model, tmp_path, monkeypatch, capsys):
                             ([*before, "--gates", tmp_path], "not a file"),
                             ([*before[:2], "--batch", absent, "--out", "/dev/null"], "not a file"),
                             ([*real, "\udcff"], "not valid Unicode"),
-                            ([*real, "x", "--gates", drawn], "--gates: nothing was let in"),
+                            ([*real, "x", "--gates", drawn], "--gates: nothing is let in"),
                             (["--model", wordless, "--prompt", "x"], "has no tokenizer.json"),
                             (["--model", sample_model], "no question")):
         status, out, err = run_sample(monkeypatch, capsys, *arguments)
@@ -3050,7 +3050,7 @@ def test_llava_bad_rows(small_tokenizer, tmp_path, capsys):
         json.dumps(conversation("<image> Hi", "Ho", image=["good.png"] * 2)): "1 <image> in the text, 2 pictures",
         json.dumps(conversation("Hi", "<image>", image="good.png")): "in an answer",
         json.dumps(conversation("Hi", "Ho", image="missing.png")): "missing.png",
-        json.dumps(conversation("Hi", "Ho", image="broken.png")): "picture 1: picture: not a picture",
+        json.dumps(conversation("Hi", "Ho", image="broken.png")): "picture 1: not a picture",
         json.dumps(conversation("Hi", "Ho", image="recipe.png")): "not a picture",
         json.dumps(conversation("Hi", "Ho", images=["good.png"], image=None)): 'the key is "image"',
         json.dumps(conversation("Hi", "\ud800")): "not valid Unicode",
@@ -3811,12 +3811,24 @@ def test_two_ranks_give_what_one_gives(few, tmp_path, monkeypatch):
     assert [config["image_aspect_ratio"] for config in configs] == ["pad", "anyres_max_9"]
     assert configs[1]["fusion"]["gate_bias_init"] == -4.0
     assert not torch.distributed.is_initialized()
+
+
+def test_ranks_end_with_each_other(monkeypatch, capsys):
+    """A rank whose rank 0 was killed ends, and rank 0 where a rank fails before they have met."""
     parents, left = [7, 7, 1], []
     monkeypatch.setattr(os, "getppid", lambda: parents.pop(0))
     monkeypatch.setattr(os, "_exit", left.append)
     monkeypatch.setattr(train.time, "sleep", lambda seconds: None)
-    train.end_with(7)  # a rank whose rank 0 was killed
+    train.end_with(7)
     assert left == [1] and not parents
+    monkeypatch.setattr(os, "_exit", stop)
+    statuses = [None, 1]
+    with pytest.raises(Stop):
+        train.end_without(types.SimpleNamespace(poll=lambda: statuses.pop(0)))
+    assert "another process of this run did not start" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.distributed, "is_initialized", lambda: True)
+        train.end_without(None)  # they have met
 
 
 def test_sharded_ranks_give_what_one_gives(mixed, tmp_path, monkeypatch):
@@ -4264,10 +4276,10 @@ def test_one_kind(emoji, tmp_path, monkeypatch, capsys):
     assert train.read_manifest(tmp_path, "train")["seed"] == 5, "held-out things would be trained on"
     assert {kind.removesuffix("-zh") for *_, kind in rows_of(tmp_path, "train")} == {"clock"}
     monkeypatch.setattr(train, "answers", lambda model, rows, name: [
-        (kind, "four", "four" if i % 2 else "five", {}) for i, kind in enumerate(rows.kinds)])  # fmt: skip
+        (kind, "four", "four" if i % 2 else "five", {}) for i, kind in enumerate(rows.kinds)])
     asked = [kind for *_, kind in rows_of(emoji, "val_seen") if kind in ("clock", "clock-zh")]
     model = CLI(Config(**{part: cli.build(sizes, TINY[part]) for part, sizes in
-                          (("vision", cli.VisionConfig), ("decoder", cli.DecoderConfig))}))  # fmt: skip
+                          (("vision", cli.VisionConfig), ("decoder", cli.DecoderConfig))}))
     found = one_kind.score(model, "clock", emoji, ["val_seen"])
     assert found == {"val_seen": {"n": len(asked), "model": len(asked) // 2}}
     counts = {"n": 100, "model": 50, "blind": 30, "majority": 20}
@@ -4296,7 +4308,7 @@ def test_one_kind(emoji, tmp_path, monkeypatch, capsys):
         cli.write_text(tmp_path / "nano/tune/eval.json", json.dumps({"scores": among}))
         monkeypatch.setattr(sys, "argv", [
             "one_kind.py", "--kinds", "clock", "count", "--nano", f"{tmp_path}/nano", "--data", str(emoji), "--work",
-            str(tmp_path), "--results", f"{tmp_path}/results", *flags])  # fmt: skip
+            str(tmp_path), "--results", f"{tmp_path}/results", *flags])
         one_kind.main()
         return [line for line in capsys.readouterr().out.splitlines() if line.startswith("| c")]
 
@@ -4307,7 +4319,7 @@ def test_one_kind(emoji, tmp_path, monkeypatch, capsys):
         assert (found["steps"], found["rows"], found["seconds"]) == (steps, 64 * steps, 3)
         assert made.pop() == (kind, 64 * steps, work / kind / "data", base, train.read_manifest(emoji, "train"))
         fields = {"init_from": str(base), "steps": steps, "data": str(work / kind / "data"),
-                  "out": str(work / kind / "model")}  # fmt: skip
+                  "out": str(work / kind / "model")}
         assert cfg == train.TrainConfig(**{**one_kind.TUNE, **fields})
     assert run_main() == table and not trained  # there already
     fails(lambda: run_main("--steps", "7"), "clock.json", "another model or other steps")
@@ -4322,7 +4334,7 @@ def test_one_kind(emoji, tmp_path, monkeypatch, capsys):
 def test_benchmarks_keep_to_one_model(tmp_path, monkeypatch):
     """A folder's answers are those of one model in one dtype; half a line at the end, of a killed run, is dropped."""
     for name in ("lmms_eval", "lmms_eval.api", "lmms_eval.api.model", "lmms_eval.evaluator", "lmms_eval.tasks",
-                 "loguru"):  # fmt: skip
+                 "loguru"):
         module = types.SimpleNamespace(lmms=object, simple_evaluate=None, TaskManager=None, logger=None)
         monkeypatch.setitem(sys.modules, name, module)
     benchmarks = importlib.import_module("experiments.benchmarks")
@@ -4438,7 +4450,7 @@ def test_fusion_runs_on_cached_levels(few, tmp_path, monkeypatch):
     encoder.save_pretrained(tmp_path / "encoder")
     args = argparse.Namespace(work=tmp_path / "work", encoder=tmp_path / "encoder", data=few,
                               data_hash=study.data_hash(few), device="cpu", dtype="float32", batch_rows=8, rows=9,
-                              questions=8, steps=100, pretrain_steps=1)  # fmt: skip
+                              questions=8, steps=100, pretrain_steps=1)
     study.cache(args, "val_seen", 5, [0, 1, 2])
     model = tiny_model(few).eval()
     model.vision, model.config = encoder.vision, dataclasses.replace(model.config, image_aspect_ratio="anyres_max_9")
@@ -4526,10 +4538,10 @@ def test_fusion_rate_is_chosen_by_the_first_seed_on_dev(tmp_path, monkeypatch):
     """By right answers on dev, whatever the other splits say; later seeds have no voice, and take that rate."""
     def result(variant, seed, rate, dev, val):
         return {"spec": {"regime": "tuned", "variant": variant, "seed": seed, "rate": rate},
-                "right": {"dev": study.pack(dev), "val_seen": study.pack(val)}}  # fmt: skip
+                "right": {"dev": study.pack(dev), "val_seen": study.pack(val)}}
 
     results = [result("cli", 0, 1e-3, [1, 0, 0, 0, 1, 0, 0, 0, 1], [1, 1]), result("cli", 0, 5e-4, [1] * 4, [0, 0]),
-               result("cli", 1, 1e-3, [1] * 9, [1, 1]), result("sli", 0, 1e-3, [1] * 9, [1, 1])]  # fmt: skip
+               result("cli", 1, 1e-3, [1] * 9, [1, 1]), result("sli", 0, 1e-3, [1] * 9, [1, 1])]
     assert study.best_rate(results, "tuned", "cli") == 5e-4 and study.best_rate(results, "tuned", "sli") == 1e-3
     assert study.best_rate(results, "scratch", "cli") is None
     runs, made = [], []  # a whole study of two variants, each better at another rate
@@ -4539,12 +4551,12 @@ def test_fusion_rate_is_chosen_by_the_first_seed_on_dev(tmp_path, monkeypatch):
     def execute(args, specs):
         runs.append([(x["regime"], x["variant"], x["seed"], x["rate"], x["fields"]) for x in specs])
         made.extend({"spec": x, "right": {"dev": study.pack([x["rate"] == best.get(x["variant"])] * 8)}}
-                    for x in specs if x["regime"] != "pretrain")  # fmt: skip
+                    for x in specs if x["regime"] != "pretrain")
 
     for name, value in {"execute": execute, "load_results": lambda args: made, "tell_plan": lambda *_: None,
                         "make_plan": lambda args: {"step_seconds": {"cli": 2, "none": 1}}, "cache": lambda *_: None,
                         "Cached": lambda *_: argparse.Namespace(kinds=[]), "file_hash": lambda path: "e"}.items():
-        monkeypatch.setattr(study, name, value)  # fmt: skip
+        monkeypatch.setattr(study, name, value)
     monkeypatch.setattr(CLI, "from_pretrained", lambda *_, **options: argparse.Namespace(config=None))
     for name in ("encoder/model.safetensors", *(f"work/{split}.json" for split in scenes.VALIDATION)):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -4552,7 +4564,7 @@ def test_fusion_rate_is_chosen_by_the_first_seed_on_dev(tmp_path, monkeypatch):
     args = argparse.Namespace(command="run", part="tuned", seeds=[0, 1, 2], variants=["cli", "sli"], rate=None,
                               encoder=tmp_path / "encoder", work=tmp_path / "work", results=tmp_path / "results",
                               questions=8, rows=9, pretrain_steps=1, steps=5, batch_rows=4, data_hash="d",
-                              dtype="float32")  # fmt: skip
+                              dtype="float32")
     study.run(args)
     pretrained, first, others = runs
     assert [x[:3] for x in pretrained] == [("pretrain", "none", seed) for seed in args.seeds]
@@ -4602,13 +4614,13 @@ def test_fusion_runs_that_do_not_belong_together(tmp_path):
     def spec(name, **fields):
         return {"name": name, "regime": "tuned", "variant": "cli", "seed": 0, "encoder": "a", "dtype": "float32",
                 "data": "d", "rows": 9, "questions": 8, "pretrain_steps": 7, "steps": 6, "batch_rows": 5,
-                "fields": {}} | fields  # fmt: skip
+                "fields": {}} | fields
 
     study.write_json(tmp_path / "one.json", {"spec": spec("one")})
     args = argparse.Namespace(results=tmp_path, work=tmp_path / "work", jobs=1)
     study.execute(args, [spec("one")])  # finished: nothing to do
     for fields, other in (({"encoder": "b"}, {}), ({"dtype": "bfloat16"}, {}), ({"questions": 9}, {"seed": 1}),
-                          ({"steps": 7}, {"seed": 1})):  # fmt: skip
+                          ({"steps": 7}, {"seed": 1})):
         with pytest.raises(InputError, match=rf"holds one with {next(iter(fields))}="):
             study.execute(args, [spec("two", **fields, **other)])
         with pytest.raises(InputError, match=r"one\.json is of a run with other settings"):
@@ -4672,20 +4684,20 @@ def test_fusion_report_tables():
     """Accuracies, paired differences and verdicts of made-up runs: at the better rate alone, questions told apart by
     what they are about, no verdict from fewer than three seeds."""
     questions = {"val_seen": {"concept": [str(i % 5) for i in range(40)], "kind": ["background", "name"] * 20},
-                 "val_concept": {"concept": ["x", "y"] * 10, "kind": ["background"] * 20}}  # fmt: skip
+                 "val_concept": {"concept": ["x", "y"] * 10, "kind": ["background"] * 20}}
 
     def result(variant, seed, rate, backgrounds):
         right = {split: [float(kind == "name" or i < 2 * backgrounds) for i, kind in enumerate(q["kind"])]
-                 for split, q in questions.items()}  # fmt: skip
+                 for split, q in questions.items()}
         right["dev"] = [rate < 1e-2] * 8
         return {"spec": {"regime": "tuned", "variant": variant, "seed": seed, "rate": rate, "steps": 10},
                 "right": {split: study.pack(values) for split, values in right.items()}, "parameters": 2_000_000,
                 "interventions": {"W = 1": {split: study.pack([0.0] * len(right[split])) for split in questions}},
-                "step_seconds": 0.1, "gib": 1.0}  # fmt: skip
+                "step_seconds": 0.1, "gib": 1.0}
 
     runs = [result(v, s, 1e-3, n) for v, n in (("none", 0), ("cli", 20)) for s in range(3)]
     others = {"deepstack": (10, 10, 10), "amp": (5, 5, 5), "input": (20, 20, 20), "agf": (2, 6, 10),
-              "full_amp_agf": (1, 3, 5)}  # fmt: skip
+              "full_amp_agf": (1, 3, 5)}
     runs += [result(v, s, 1e-3, n) for v, backgrounds in others.items() for s, n in enumerate(backgrounds)]
     runs += [result("cli", 0, 1e-1, 3), result("sli", 0, 1e-3, 20), result("sli", 1, 1e-3, 20)]
     answers = fusion_report.Answers(runs, questions)
@@ -4722,7 +4734,7 @@ def test_fusion_report_tables():
     for n, run in enumerate(runs[:4]):
         run |= {"dev_loss": 1.5 + n, "curve": [{"loss": 9.0}, {"loss": 0.5 + n}], "size": [7.0 + n],
                 "gates": {"0": {"mean": [0.25, 0.75], "sd": [0.125, 0.375], "saturated": [0.0, 1.0 / (1 + n)],
-                                "kinds": {}}}}  # fmt: skip
+                                "kinds": {}}}}
     answers = fusion_report.Answers(runs, questions)
     (row,) = fusion_report.sweeps_table(answers)[2:]
     cells = [cell.strip() for cell in row.split("|")[1:-1]]

@@ -874,6 +874,7 @@ def start_ranks(n):
         child = subprocess.Popen([sys.executable, *sys.argv], env=environment, stdout=subprocess.DEVNULL,
                                  stderr=subprocess.DEVNULL, start_new_session=True)  # Ctrl-C is for rank 0
         atexit.register(child.kill)
+        threading.Thread(target=end_without, args=[child], daemon=True).start()
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0"}
     torch.set_num_threads(threads)
 
@@ -883,6 +884,17 @@ def end_with(parent):
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
+
+
+def end_without(child):
+    """Leave when a rank fails before it has met this one, which would wait for it for hours."""
+    while not dist.is_initialized():
+        if child.poll():
+            time.sleep(5)  # a mistake of both is told meanwhile
+            print("error: another process of this run did not start: the same with --ranks 1 works, or says why",
+                  file=sys.stderr, flush=True)
+            os._exit(2)
+        time.sleep(0.1)
 
 
 def main():
