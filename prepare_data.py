@@ -146,7 +146,7 @@ GROUPS = {
         mavis_math_metagen mavis_math_rule_geo pmc-vqa raven super-clevr tabmwp unigeo"""),
     "ocr": (0.089, "hme100k iam iiit5k k12_printing rendered_text textcaps textocr"),
     "text": (0.143, "magpie_pro"),
-}  # fmt: skip
+}
 
 
 def group_of(subset: str) -> str:
@@ -291,7 +291,7 @@ def write_shard(path: Path, rows, make, kinds: list, encode, bar) -> None:
     }
     facts = {"rows": len(good), "tokens": len(tensors["tokens"]),
              "supervised_tokens": int(np.count_nonzero(tensors["answer"])),
-             "pictures": len(pictures), "kinds": {k: count[k] for k in kinds if count[k]}, "bad": bad}  # fmt: skip
+             "pictures": len(pictures), "kinds": {k: count[k] for k in kinds if count[k]}, "bad": bad}
     cli.write_whole(path, lambda temporary: temporary.write_bytes(save(tensors, {"shard": json.dumps(facts)})))
 
 
@@ -312,7 +312,7 @@ def build(args, source: dict, tokenizer_json: str, splits: dict, kinds: list, ro
         "format": FORMAT, "command": args.command, "source": source, "seed": args.seed, "template": args.template,
         "labels": args.labels, "shard_rows": args.shard_rows, "rows_planned": splits,
         "tokenizer_sha256": sha256(tokenizer_json.encode()),
-    }  # fmt: skip
+    }
     prepare_folder(folder, arguments, args.overwrite)
     cli.write_text(folder / "tokenizer.json", tokenizer_json)
 
@@ -459,12 +459,12 @@ def onevision_command(args) -> None:
     items, fetch = onevision_items(args)
     splits = hold_out(args.seed, items, args.val)
     source = {"name": "onevision", "from": HUB, "samples": args.samples, "groups": args.group, "subsets": args.subset,
-              "rows_sha256": sha256(repr(items).encode()), "val": args.val}  # fmt: skip
+              "rows_sha256": sha256(repr(items).encode()), "val": args.val}
     counts = {split: len(chosen) for split, chosen in splits.items()}
     kinds = sorted({subset for subset, _, _ in items})
 
     build(args, source, tokenizer_json, counts, kinds, lambda s, _, a, b: onevision_rows(splits[s][a:b], fetch),
-          onevision_row)  # fmt: skip
+          onevision_row)
 
 
 def main(argv=None) -> None:
@@ -485,12 +485,12 @@ def main(argv=None) -> None:
         if name != "emoji":
             add("--template", choices=("qwen_1_5", "vicuna_v1"), help="of the prompt (default: qwen_1_5)")
             add("--labels", choices=("answer", "llava"),
-                help="supervise answers and their end marks, or what LLaVA did (default: answer)")  # fmt: skip
+                help="supervise answers and their end marks, or what LLaVA did (default: answer)")
         return add
 
     add = command("emoji", emoji_command, "questions about the bundled drawings", "one is trained", 2500, 10_000)
     add("--per-kind", type=int, default=16, help="concepts of each kind, the plainest names first; 0: all, for longer "
-        "training (default: %(default)s)")  # fmt: skip
+        "training (default: %(default)s)")
     add("--encode", type=int, default=200_000, help="rows that name one thing (default: %(default)s)")
     add("--pretrain", type=int, default=80_000, help="rows that name one thing or four (default: %(default)s)")
     add("--train", type=int, default=100_000, help="rows of all kinds (default: %(default)s)")

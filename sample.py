@@ -27,7 +27,7 @@ DEMO = [("single.png", "What is this?"), ("single.png", "What colour is the back
         ("scene.png", "What is in the top right?")]
 # What an answer depends on beside its question, model and dtype: kept with it. (Sampled, on its batch too.)
 OPTIONS = ("fusion", "vision", "key_map", "max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty",
-           "seed")  # fmt: skip
+           "seed")
 
 
 def say(text):

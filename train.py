@@ -591,7 +591,7 @@ def train(cfg):
         for path in out.glob(".*.tmp"):  # left by a run that was killed while it saved
             path.unlink()
         facts = {"config": settings, "commit": commit(), "torch": torch.__version__, "device": str(device),
-                 "steps": steps, "dtype": str(dtype)[6:]}  # fmt: skip
+                 "steps": steps, "dtype": str(dtype)[6:]}
         cli.write_text(out / "train.json", json.dumps(facts, indent=1) + "\n")
         log = out / "log.jsonl"
         lines = log.read_text().splitlines(keepends=True) if log.exists() else []

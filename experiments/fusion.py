@@ -74,7 +74,7 @@ SWEEPS = {
         "single: 1 x 1": {"decoder_layers": "1", "vision_levels": "4"},
         "sparse: 2 x 2": {"decoder_layers": "0,2", "vision_levels": "2,6"},
         "dense: 4 x 6": {"decoder_layers": "0,1,2,3", "vision_levels": "1,2,3,4,5,6"}}),
-}  # fmt: skip
+}
 RATES = {"tuned": (2e-4, 6e-4), "scratch": (6e-4, 2e-3)}  # tried for every variant, with the first seed
 # Asked in English: of one thing, and of the four things of a scene.
 KINDS = ["name", "kind", "artist", "background", "name_at", "artist_at", "background_at", "on_colour"]
@@ -118,7 +118,7 @@ def cache(args, split, count, levels):
     (crops, levels, patches, width) a row, and SPLIT.json. A single thing's tile is its whole picture: kept once."""
     path = args.work / f"{split}.json"
     key = {"encoder": file_hash(args.encoder / "model.safetensors"), "data": args.data_hash, "count": count,
-           "levels": list(levels), "kinds": KINDS}  # fmt: skip
+           "levels": list(levels), "kinds": KINDS}
     if cli.read_json(path, {}).get("key") == key:
         return
     args.work.mkdir(parents=True, exist_ok=True)
@@ -147,7 +147,7 @@ def cache(args, split, count, levels):
     path.unlink(missing_ok=True)  # it says what the levels are: never those of other levels
     cli.write_whole(args.work / f"{split}.bin", write)
     write_json(path, {"key": key, "rows": [i for i, _ in chosen], "grids": [r["grid"] for _, r in chosen],
-                      "concepts": [concept(*x) for x in chosen] if split.startswith("val") else None})  # fmt: skip
+                      "concepts": [concept(*x) for x in chosen] if split.startswith("val") else None})
 
 
 class Cached:
@@ -161,7 +161,7 @@ class Cached:
         self.levels, self.chosen, self.grids = facts["key"]["levels"], facts["rows"], facts["grids"]
         self.rows = train.Rows(args.data, split, config)
         self.lengths, self.supervised, self.kinds = ([getattr(self.rows, name)[i] for i in self.chosen]
-                                                     for name in ("lengths", "supervised", "kinds"))  # fmt: skip
+                                                     for name in ("lengths", "supervised", "kinds"))
         self.shape = (len(self.levels), config.vision.side**2, config.vision.hidden_size)
         self.crops = [1 + 4 * (grid == 2) for grid in self.grids]
         self.starts = [0, *itertools.accumulate(self.crops)]
@@ -245,7 +245,7 @@ def score(model, rows, chosen, autocast=None):
         norms.setdefault(l, []).append(inputs[0][visual].float().norm(dim=-1).mean().item())
 
     hooks = [layer.register_forward_pre_hook(functools.partial(note, l=l))
-             for l, layer in enumerate(model.decoder.layers)]  # fmt: skip
+             for l, layer in enumerate(model.decoder.layers)]
     place = {i: n for n, i in enumerate(chosen)}
     try:
         for numbers in train.micro_batches(rows, chosen, 4096):
@@ -308,7 +308,7 @@ def config_of(args, spec):
                                                                    str(args.work / f"pretrain-{spec['seed']}")),
         fusion=spec["preset"], fusion_fields=fields if spec["preset"] != "none" else {}, gate_start=start,
         steps=spec["steps"], batch_rows=spec["batch_rows"], **rates, lr_vision=0.0, seed=spec["seed"],
-        muon=10.0, device=args.device, dtype=args.dtype)  # fmt: skip
+        muon=10.0, device=args.device, dtype=args.dtype)
     return cfg, sqrt_k
 
 
@@ -340,7 +340,7 @@ def run_one(args, spec):
     result = pretrain(args, spec) if spec["regime"] == "pretrain" else tune(args, spec)
     facts = {"spec": spec, "base": base_hash(args, spec), "commit": args.commit, "torch": torch.__version__,
              "device": args.device_name, "seconds": round(time.time() - began, 1),
-             "gib": round(cli.peak_memory(device), 3)}  # fmt: skip
+             "gib": round(cli.peak_memory(device), 3)}
     write_json(args.results / (spec["name"] + ".json"), {**facts, **result})
     return f"{spec['name']}: {facts['seconds'] / 60:.1f} min, loss {result['curve'][-1]['loss']:.3f}"
 
@@ -360,7 +360,7 @@ def tune(args, spec):
     result = {"config": settings, "parameters": parameters, "step_seconds": round(step_seconds, 4),
               "curve": curve, "dev_loss": round(found["dev"]["loss"], 4),
               "right": {split: pack(x["right"]) for split, x in found.items()},
-              "size": found["val_seen"]["size"]}  # fmt: skip
+              "size": found["val_seen"]["size"]}
     if cfg.fusion_fields.get("agf_context") == "all":  # how much lower the loss looks while the gate sees the answer
         result["dev_loss_gate_sees_answer"] = round(train.mean_loss(model, sets["dev"], range(len(sets["dev"])), cfg,
                                                                     contextlib.nullcontext()), 4)
@@ -383,7 +383,7 @@ def describe_gates(found, sets):
 
         out[l] = {"kinds": {str(kind): shown(W[kinds == kind].mean(0)) for kind in dict.fromkeys(kinds)},
                   "mean": shown(W.mean(0)), "sd": shown(W.std(0)),
-                  "saturated": shown(((W < 0.01) | (W > 0.99)).mean(0))}  # fmt: skip
+                  "saturated": shown(((W < 0.01) | (W > 0.99)).mean(0))}
     return out
 
 
@@ -397,7 +397,7 @@ def intervene(model, sets, found):
         return lambda l, j, W: W * 0 if routes[l][j] == level else W
 
     changes = {"W = mean": lambda l, j, W: torch.full_like(W, means[l][j]), "W = 1": lambda l, j, W: torch.ones_like(W),
-               **{f"level {k} shut": without(k) for k in model.config.fusion.levels}}  # fmt: skip
+               **{f"level {k} shut": without(k) for k in model.config.fusion.levels}}
     out = {}
     for name, change in changes.items():
         handles = hook_gates(model, change)
@@ -426,7 +426,7 @@ def spec_of(args, regime, variant, seed, rate, steps, preset, fields, batch_rows
             "seed": seed, "rate": rate, "steps": steps, "preset": preset, "fields": fields, "batch_rows": batch_rows,
             "rows": args.rows, "questions": args.questions, "pretrain_steps": args.pretrain_steps,
             "encoder": file_hash(args.encoder / "model.safetensors"), "data": args.data_hash,
-            "dtype": args.dtype}  # fmt: skip
+            "dtype": args.dtype}
 
 
 def pretrain_specs(args, seeds):
@@ -592,7 +592,7 @@ def run(args):
         cache(args, split, args.questions, LEVELS)
     config = cli.CLI.from_pretrained(args.encoder, quiet=True).config
     questions = {split: {"concept": cli.read_json(args.work / f"{split}.json")["concepts"],
-                         "kind": Cached(args, split, config).kinds} for split in VALIDATION}  # fmt: skip
+                         "kind": Cached(args, split, config).kinds} for split in VALIDATION}
     if cli.read_json(args.results / "questions.json", questions) != questions:
         raise InputError(f"the runs in {args.results} were asked other questions: give another --results")
     write_json(args.results / "questions.json", questions)
@@ -611,12 +611,12 @@ def run(args):
         results = load_results(args)
         chosen = {v: args.rate or best_rate(results, regime, v) for v in args.variants}
         tried = {(r["spec"]["regime"], r["spec"]["variant"], r["spec"]["rate"]) for r in results
-                 if r["spec"]["seed"] == SEEDS[0]}  # fmt: skip
+                 if r["spec"]["seed"] == SEEDS[0]}
         if missing := [v for v in args.variants if not args.rate and {(regime, v, r) for r in RATES[regime]} - tried]:
             raise InputError(f"the learning rate of {', '.join(missing)} is chosen with seed {SEEDS[0]}: run that "
                              "first, or give --rate")
         execute(args, [main_spec(args, plan, regime, v, seed, chosen[v])
-                       for seed in args.seeds if seed != SEEDS[0] for v in args.variants])  # fmt: skip
+                       for seed in args.seeds if seed != SEEDS[0] for v in args.variants])
 
 
 def main():

@@ -107,7 +107,7 @@ def main():
         print(f"{attribute}: share of the variance {' '.join(f'{100 * x:.1f}' for x in facts['between'])} %")
         for split, told in facts["right"].items():
             print(f"    {split}: told right {' '.join(f'{100 * x:.1f}' for x in told['levels'])} %, majority "
-                  f"{100 * told['majority']:.1f} %, {told['pictures']} pictures")  # fmt: skip
+                  f"{100 * told['majority']:.1f} %, {told['pictures']} pictures")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ CLAIMS = (  # a claim of the paper, or a control: the first minus the second sho
     ("AMP alone helps", "amp", "none", 1), ("it is the levels, not the parameters", "cli", "cli_final", 1),
     ("CLI beats all levels once at the input", "cli", "input", 1),
     ("depth beats the input, both without gates", "amp", "input", 1),
-)  # fmt: skip
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -118,7 +118,7 @@ def by_seed(values, sign="+"):
 def groups(answers):
     """{what a question takes, and of what: bool[questions]}"""
     found = {(need, seen): np.isin(answers.kinds, kinds) & np.isin(answers.splits, splits)
-             for need, kinds in NEEDS.items() for seen, splits in SEEN.items()}  # fmt: skip
+             for need, kinds in NEEDS.items() for seen, splits in SEEN.items()}
     return {group: where for group, where in found.items() if where.any()}
 
 
@@ -135,11 +135,11 @@ def main_table(answers, regime):
             first = runs[min(runs)]
             cost = [f"{1000 * first['step_seconds']:.0f}", f"{first['gib']:.2f}"]
             beside = [percent(answers.difference(key, (regime, other)), True) if variant != other else ""
-                      for other in ("none", "sli")]  # fmt: skip
+                      for other in ("none", "sli")]
             # One seed was run on one machine for all variants: only its times can be compared.
             rows.append([label, percent(answers.accuracy(key)), *beside, f"{first['parameters'] / 1e6:.2f}",
                          *(cost if first["spec"]["seed"] == SEEDS[0] else ["", ""]), f"{first['spec']['steps']:,}",
-                         f"{first['spec']['rate']:g}", len(runs)])  # fmt: skip
+                         f"{first['spec']['rate']:g}", len(runs)])
     head = "variant|accuracy %|minus none|minus SLI|M parameters|ms a step|GiB|steps|rate|seeds"
     return markdown(head.split("|"), rows)
 
@@ -159,7 +159,7 @@ def seeds_table(answers, regime):
     """Accuracy of every seed, by what a question takes."""
     rows = [[label, ", ".join(map(str, sorted(answers.runs[regime, v]))), by_seed(answers.right((regime, v)), ""),
              *(by_seed(answers.right((regime, v))[:, where], "") for where in groups(answers).values())]
-            for v, (label, *_) in VARIANTS.items() if (regime, v) in answers.runs]  # fmt: skip
+            for v, (label, *_) in VARIANTS.items() if (regime, v) in answers.runs]
     return markdown(["variant", "seeds", "all", *(", ".join(group) for group in groups(answers))], rows)
 
 
@@ -168,11 +168,11 @@ def rates_table(answers, regime, results):
     rows = []
     for v, (label, *_) in VARIANTS.items():
         both = {r["spec"]["rate"]: answers.of(r) for r in results
-                if (r["spec"]["regime"], r["spec"]["variant"], r["spec"]["seed"]) == (regime, v, SEEDS[0])}  # fmt: skip
+                if (r["spec"]["regime"], r["spec"]["variant"], r["spec"]["seed"]) == (regime, v, SEEDS[0])}
         if len(both) > 1:
             more = both[max(both)] - both[min(both)]
             rows.append([label, *(f"{100 * more[where].mean():+.1f}"
-                                  for where in (slice(None), *groups(answers).values()))])  # fmt: skip
+                                  for where in (slice(None), *groups(answers).values()))])
     return markdown(["variant", "all", *(", ".join(group) for group in groups(answers))], rows)
 
 
@@ -182,7 +182,7 @@ def probe_table(found):
     for attribute, facts in found.items():
         rows.append([attribute, "share of the variance", *(f"{100 * x:.1f}" for x in facts["between"]), ""])
         rows += [["", f"correct, {split}", *(f"{100 * x:.1f}" for x in [*told["levels"], told["majority"]])]
-                 for split, told in facts["right"].items()]  # fmt: skip
+                 for split, told in facts["right"].items()]
     levels = range(len(next(iter(found.values()))["between"])) if found else ()
     return markdown(["attribute", "in %", *(f"level {k}" for k in levels), "majority"], rows)
 
@@ -204,7 +204,7 @@ def claims_table(answers, regime):
             clear = found[1] > 0 or found[2] < 0
             verdict = ("holds" if found[0] * sign > 0 else "the opposite") if clear else "undecided"
             rows.append([claim, f"{VARIANTS[first][0]} minus {VARIANTS[second][0]}", percent(found, True), seeds,
-                         verdict if seeds >= 3 else "too few seeds"])  # fmt: skip
+                         verdict if seeds >= 3 else "too few seeds"])
     return markdown(["claim", "difference", "points", "seeds", "verdict here"], rows)
 
 
@@ -214,7 +214,7 @@ def gates_table(answers, regime):
         runs = [r for r in answers.runs.get((regime, variant), {}).values() if "gates" in r]
         for l in runs[0]["gates"] if runs else ():
             cells = [" ".join(f"{x:.3f}" for x in np.mean([r["gates"][l][what] for r in runs], 0))
-                     for what in ("mean", "sd", "saturated")]  # fmt: skip
+                     for what in ("mean", "sd", "saturated")]
             seeds = " / ".join(f"{np.mean(r['gates'][l]['mean']):.2f}" for r in runs)
             rows.append([VARIANTS[variant][0], l, *cells, seeds, f"{np.mean([r['size'][int(l)] for r in runs]):.1f}"])
     return markdown(["variant", "decoder layer", "mean W, level by level", "its spread over questions",
@@ -225,12 +225,12 @@ def interventions_of(answers, variant):
     """-> {what was done to W: differences to the model as trained, float[seeds, questions]}"""
     runs = list(answers.runs.get(("tuned", variant), {}).values())
     return {name: np.stack([answers.of(r, r["interventions"][name]) - answers.of(r) for r in runs])
-            for name in (runs[0]["interventions"] if runs else ())}  # fmt: skip
+            for name in (runs[0]["interventions"] if runs else ())}
 
 
 def interventions_table(answers):
     rows = [[VARIANTS[v][0], name, percent(interval(found, answers.concepts), True), by_seed(found)]
-            for v in INTERVENED for name, found in interventions_of(answers, v).items()]  # fmt: skip
+            for v in INTERVENED for name, found in interventions_of(answers, v).items()]
     return markdown(["variant", "W at inference", "points of accuracy", "each seed"], rows)
 
 
@@ -246,7 +246,7 @@ def sweeps_table(answers):
                     leaky = np.mean([r["dev_loss_gate_sees_answer"] for r in runs])
                     dev += f" ({leaky:.3f} if the gate sees the answer)"
                 W = {l: [np.mean([r["gates"][l][what] for r in runs]) for what in ("mean", "sd")]
-                     for l in runs[0]["gates"]}  # fmt: skip
+                     for l in runs[0]["gates"]}
                 rows.append([topic, usual, label, percent(answers.accuracy(key)),
                              percent(answers.difference(key, ("tuned", "cli")), True),
                              by_seed(answers.paired(key, ("tuned", "cli"))),
@@ -254,7 +254,7 @@ def sweeps_table(answers):
                              ", ".join(f"{l}: {mean:.2f} ({sd:.2f})" for l, (mean, sd) in W.items()),
                              ", ".join(map(str, sorted(answers.runs[key])))])
     return markdown(["choice", "in the main table", "here", "accuracy %", "minus CLI", "each seed", "training loss",
-                     "dev loss", "mean W of decoder layers (spread over questions)", "seeds"], rows)  # fmt: skip
+                     "dev loss", "mean W of decoder layers (spread over questions)", "seeds"], rows)
 
 
 def figures(args, answers):
@@ -288,7 +288,7 @@ def figures(args, answers):
         seeds = 100 * answers.right(("tuned", variant)).mean(1)
         left.plot(seeds, [i] * len(seeds), "|", color="C3", markersize=12)
         curves = [{p["step"]: p["dev_loss"] for p in r["curve"] if "dev_loss" in p}
-                  for r in answers.runs["tuned", variant].values()]  # fmt: skip
+                  for r in answers.runs["tuned", variant].values()]
         steps = sorted(set.intersection(*map(set, curves)))
         means = [np.mean([curve[step] for curve in curves]) for step in steps]
         right.plot(steps, means, label=VARIANTS[variant][0], linestyle="-" if i < 6 else "--")
@@ -307,7 +307,7 @@ def figures(args, answers):
             ax.hlines(np.arange(1, len(runs)) * len(layers) - 0.5, -0.5, len(levels) - 0.5, color="white", linewidth=2)
             ax.set_title(kind, fontsize=9)
             ax.set(xticks=range(len(levels)), xticklabels=levels, yticks=range(len(places)),
-                   yticklabels=[f"{seed}: {l}" for seed, l in places])  # fmt: skip
+                   yticklabels=[f"{seed}: {l}" for seed, l in places])
         fig.supxlabel("vision level")
         fig.supylabel("seed: decoder layer")
         fig.colorbar(image, ax=axes, label="mean W")
@@ -369,7 +369,7 @@ def report(args):
                   f"What the higher of the two learning rates changes, in points (seed {SEEDS[0]}, one run each):", "",
                   *shown(rates_table(answers, regime, results)),
                   "Accuracy in % by kind of question, means over a variant's own seeds (in brackets: how many; columns "
-                  "of unequal seeds do not compare):", ""]  # fmt: skip
+                  "of unequal seeds do not compare):", ""]
         for table in filter(None, (kinds_table(answers, regime, split) for split in answers.questions)):
             lines += shown(table)
         lines += ["What the gates let in (means over seeds and, as a gate may be open in one seed and shut in another, "

@@ -37,7 +37,7 @@ def failing(scores):
     """Kinds of question that miss the mark in some split of an eval.json."""
     return [kind for kind in QUESTIONS if any(
         percent(kinds[kind], "model") < percent(kinds[kind], "blind", "majority") + SHORT
-        for kinds in scores.values() if kind in kinds)]  # fmt: skip
+        for kinds in scores.values() if kind in kinds)]
 
 
 def make_rows(kind, rows, folder, tokenizer, manifest):
@@ -48,7 +48,7 @@ def make_rows(kind, rows, folder, tokenizer, manifest):
     try:
         prepare_data.main(["emoji", "--out", str(folder), "--tokenizer", str(tokenizer), "--encode", "0",
                            "--pretrain", "0", "--train", str(rows), "--val", "0", "--seed", str(manifest["seed"]),
-                           "--per-kind", str(manifest["source"].get("per_kind", 16))])  # fmt: skip
+                           "--per-kind", str(manifest["source"].get("per_kind", 16))])
     finally:
         QUESTIONS.update(kept)
 
@@ -72,12 +72,12 @@ def run(kind, steps, together, args):
     work = args.work / file_hash(base / "model.safetensors") / kind  # never go on with what another base became
     make_rows(kind, steps * ROWS, work / "data", base, train.read_manifest(args.data, "train"))
     cfg = train.TrainConfig(**{**TUNE, "init_from": str(base), "data": str(work / "data"),
-                               "out": str(work / "model"), "steps": steps})  # fmt: skip
+                               "out": str(work / "model"), "steps": steps})
     train.train(cfg)
     seconds = cli.read_json(Path(cfg.out) / "train.json")["seconds"]
     model = CLI.from_pretrained(cfg.out, dtype="float32", quiet=True)
     return {"kind": kind, "steps": steps, "rows": steps * ROWS, "commit": train.commit(), "seconds": seconds,
-            "scores": score(model, kind, args.data, together), "together": together}  # fmt: skip
+            "scores": score(model, kind, args.data, together), "together": together}
 
 
 def table(results):
@@ -89,9 +89,9 @@ def table(results):
             known = results[kind]["together"][split]
             lines.append([kind, split, f"{seen:,.0f}", f"{results[kind]['rows']:,}",
                           *(f"{x:.0f}" for x in (percent(known, "blind", "majority"), percent(known, "model"),
-                                                 percent(counts, "model")))])  # fmt: skip
+                                                 percent(counts, "model")))])
     return train.markdown(["question", "split", "seen in the last stage, with all kinds", "alone",
-                           "blind or most frequent, %", "with all kinds, %", "alone, %"], lines)  # fmt: skip
+                           "blind or most frequent, %", "with all kinds, %", "alone, %"], lines)
 
 
 def main():

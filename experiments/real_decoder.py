@@ -160,7 +160,7 @@ def convert_qwen(packages, out):
     def weights(tensor):  # in bfloat16; GGUF gives shapes innermost first
         rows = tensor.data if tensor.data.ndim > 1 else tensor.data[None]
         parts = [torch.from_numpy(dequantize(rows[i : i + 4096], tensor.tensor_type).astype(np.float32)).bfloat16()
-                 for i in range(0, len(rows), 4096)]  # fmt: skip  # a row is a whole number of quantised blocks
+                 for i in range(0, len(rows), 4096)]  # a row is a whole number of quantised blocks
         return torch.cat(parts).view([int(n) for n in reversed(tensor.shape)])
 
     state = {name: weights(tensor) for name, tensor in tqdm(tensors.items(), desc=out.name, unit="tensor")}

@@ -355,7 +355,7 @@ def targets_table(samples, m, device):
     """Markdown: what of it was reached."""
     rows = [[what, show(value), f"{'at most' if bound < 0 else 'at least'} {abs(bound):g}",
              "met" if (value <= -bound if bound < 0 else value >= bound) else "not met"]
-            for what, value, bound in targets(samples, m, device)]  # fmt: skip
+            for what, value, bound in targets(samples, m, device)]
     return markdown(["our target", "reached", "wanted", ""], rows)
 
 
@@ -375,7 +375,7 @@ def table(samples, m, head):
         rows.append([what, unit, show(ours), show(theirs), middle if low == high else f"{middle} ({low} to {high})",
                      share, show(both)])
     lines = markdown(["figure", "unit", "`cli.py`", "transformers", "ratio (lowest to highest)", "% of the limit",
-                      "with `--fusion cli`"], rows)  # fmt: skip
+                      "with `--fusion cli`"], rows)
     for name in ("sdpa", "varlen_attn", "flash_attn"):
         if f"attend {name}" in m["none"]:
             lines += ["", f"1152 x 1152 through {name}: {show(m['none'][f'attend {name}'])} s, logits at most "

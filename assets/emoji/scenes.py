@@ -27,12 +27,12 @@ COLOURS = {  # name: (RGB, Chinese); every cell varies its shade a little
     "green": ((60, 165, 75), "绿色"), "cyan": ((110, 215, 225), "青色"), "blue": ((45, 95, 215), "蓝色"),
     "purple": ((130, 60, 175), "紫色"), "pink": ((250, 165, 205), "粉色"), "brown": ((125, 80, 45), "棕色"),
     "gray": ((140, 140, 140), "灰色"),
-}  # fmt: skip
+}
 POSITIONS = {
     2: ("top left/左上", "top right/右上", "bottom left/左下", "bottom right/右下"),
     3: ("top left/左上", "top middle/上中", "top right/右上", "middle left/左中", "center/正中", "middle right/右中",
         "bottom left/左下", "bottom middle/下中", "bottom right/右下"),
-}  # fmt: skip
+}
 COUNTED = {  # "how many ... are there?": name/Chinese -> kinds
     "animals/动物": ("mammal", "bird", "reptile", "sea animal", "bug"),
     "faces/表情": ("face",),
@@ -57,7 +57,7 @@ SINGLE = {
     "background": (5, ("What colour is the background?", "On what colour does it stand?", "Which colour is behind it?"),
                    ("背景是什么颜色？", "它后面是什么颜色？")),
     "tone": (3, ("Is the skin tone light, medium or dark?", "Which skin tone is it?"), ()),
-}  # fmt: skip
+}
 SCENE = {
     "name_at": (9, ("What is in the {where}?", "Name the thing in the {where}.", "What does the {where} show?"),
                 ("{where}是什么？", "请说出{where}的东西。")),
@@ -72,7 +72,7 @@ SCENE = {
                       ("{where}的背景是什么颜色？",)),
     "on_colour": (6, ("What is on the {colour} background?", "Which thing stands on {colour}?"),
                   ("{colour}背景上是什么？",)),
-}  # fmt: skip
+}
 QUESTIONS = SINGLE | SCENE
 NAMELESS = ("kind", "tag", "artist", "background", "artist_at", "odd_artist", "same", "count", "background_at")
 # split: (which part of the corpus it may use, kinds of question). Parts are told apart by part_of and colours_of alone.
@@ -192,7 +192,7 @@ def emoji_pools(seed: int, per_kind: int = 0) -> dict:
         clear = [c for c in things if c["kind"] and ("face" not in c["name"].split() or c["kind"] == "face")]
         clear = [c for c in clear if c["subgroup"] not in ("cat-face", "monkey-face")]
         pool["count"] = {what: [[c for c in clear if (c["kind"] in kinds) == yes] for yes in (False, True)]
-                         for what, kinds in COUNTED.items()}  # fmt: skip
+                         for what, kinds in COUNTED.items()}
         for field in ("tags", "tags_zh"):
             pool[field] = group(things, lambda c: c[field])
     for field in ("tags", "tags_zh"):  # only tags of at least 12 training concepts: rarer ones test memory
@@ -238,7 +238,7 @@ def ask_single(rng: random.Random, seed: int, pool: dict, kind: str, zh: bool):
     answers = {"name": target["zh"] if zh else target["name"], "kind": target["kind_zh" if zh else "kind"],
                "tag": (("no", "否"), ("yes", "是"))[fits][zh], "artist": cell[1], "clock": target.get("clock"),
                "country": target.get("country_zh" if zh else "country"), "tone": target.get("tone"),
-               "background": COLOURS[cell[5]][1] if zh else cell[5]}  # fmt: skip
+               "background": COLOURS[cell[5]][1] if zh else cell[5]}
     return [cell], phrase(rng, kind, zh, put), answers[kind]
 
 
@@ -281,7 +281,7 @@ def ask_scene(rng: random.Random, seed: int, pool: dict, others: dict, kind: str
     colour = COLOURS[cells[at][5]][1] if zh else cells[at][5]
     put["colour"], name = colour, target["zh"] if zh else target["name"]
     answers = {"name_at": name, "by_artist": name, "on_colour": name, "artist_at": cells[at][1],
-               "background_at": colour, "odd_artist": put["where"], "same": put["where"]}  # fmt: skip
+               "background_at": colour, "odd_artist": put["where"], "same": put["where"]}
     return cells, phrase(rng, kind, zh, put), answers[kind]
 
 
@@ -341,7 +341,7 @@ def train_tokenizer(texts, vocabulary: int) -> str:
     """A small byte-level BPE with the split rule and the special tokens of Qwen2. -> tokenizer.json"""
     tokenizer = Tokenizer(models.BPE())
     rule = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-            r"|\s*[\r\n]+|\s+(?!\S)|\s+")  # fmt: skip
+            r"|\s*[\r\n]+|\s+(?!\S)|\s+")
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(rule), "isolated"),

@@ -42,7 +42,7 @@ def write_questions(path=HERE / "questions.jsonl", data="data/emoji", step=23, c
             text = tokenizer.backend.decode(tokens[first:].tolist(), skip_special_tokens=False)
             question, answer = text.removeprefix("\n").split("<|im_end|>")[0], tokens[marks == 1].tolist()
             lines.append({"split": split, "row": number, "kind": rows.kinds[number], "question": question,
-                          "answer": tokenizer.decode(answer).strip(), "picture": picture.decode()})  # fmt: skip
+                          "answer": tokenizer.decode(answer).strip(), "picture": picture.decode()})
     cli.write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
