@@ -4600,6 +4600,8 @@ def test_fusion_runs_that_fail_do_not_stop_the_others(tmp_path, monkeypatch, cap
     monkeypatch.setattr(study, "run_one", run_one)
     parents = []
     monkeypatch.setattr(train, "end_with", parents.append)
+    monkeypatch.setattr(study, "threading", types.SimpleNamespace(  # at once
+        Thread=lambda target, args, daemon: types.SimpleNamespace(start=lambda: target(*args))))
     with pytest.raises(InputError, match=r"2 of 3 runs failed.*(step 3: loss nan|killed: its .* -9 .*memory)"):
         study.execute(argparse.Namespace(results=tmp_path, work=tmp_path, jobs=1), specs)
     assert done == ["bad", "good"]
