@@ -1254,7 +1254,7 @@ def read_json(path, default=None, kind=dict):
             return default
         raise InputError(f"{path}: no such file") from None
     except (OSError, ValueError, RecursionError) as e:
-        raise InputError(f"{path}: {e}") from e
+        raise InputError(f"{path}: {first_line(e)}") from e
 
 
 def read_weights(folder):
@@ -1305,6 +1305,10 @@ def write_whole(path, write):
 def write_text(path, text):
     """UTF-8, lines end as they do in `text`; what UTF-8 cannot hold, a lone surrogate, as JSON would escape it."""
     write_whole(path, lambda temporary: temporary.write_bytes(text.encode(errors="backslashreplace")))
+
+
+def json_lines(rows):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1565,6 +1569,7 @@ def run_program(main):
     sys.stdout.reconfigure(errors="backslashreplace")  # text that its encoding cannot hold, as standard error does
     try:
         main()
+        sys.stdout.flush()  # here, where what goes wrong can be told: not at exit
     except BrokenPipeError:  # whoever read our output has left: nobody to tell, at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

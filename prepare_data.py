@@ -61,8 +61,8 @@ def read_conversation(record: dict) -> tuple[list, list]:
         raise InputError('no list "conversations"')
     if record.get("images") and not record.get("image"):
         raise InputError('"images": the key is "image", for several pictures too')
-    pictures = record.get("image")
-    pictures = [] if pictures is None else pictures if isinstance(pictures, list) else [pictures]
+    pictures = record.get("image") or []
+    pictures = pictures if isinstance(pictures, list) else [pictures]
     if record.get("video") is not None:
         raise InputError("video is not supported")
     turns = []
@@ -78,22 +78,18 @@ def read_conversation(record: dict) -> tuple[list, list]:
             raise InputError(f"turn {len(turns) + 1} is from {role!r}: user and assistant must take turns")
         if text.count("<image>") == 1 and not text.startswith("<image>"):
             text = ("<image>\n" + text.replace("<image>", "").strip()).strip()
-        turns.append((role, text))
+        content = [IMAGE_TOKEN if piece == "<image>" else piece for piece in re.split("(<image>)", text) if piece]
+        turns.append((role, content))
     if len(turns) < 2 or len(turns) % 2:
         raise InputError("no question and answer" if len(turns) < 2 else "the last question has no answer")
-    if any(role == "assistant" and "<image>" in text for role, text in turns):
+    if any(role == "assistant" and IMAGE_TOKEN in content for role, content in turns):
         raise InputError("<image> in an answer")
-    placed = sum(text.count("<image>") for _, text in turns)
+    placed = sum(content.count(IMAGE_TOKEN) for _, content in turns)
     if placed == 0 and pictures:  # nobody said where: in front
-        turns[0] = ("user", cli.user_content(turns[0][1], len(pictures)))
+        turns[0] = ("user", cli.user_content("".join(turns[0][1]), len(pictures)))
     elif placed != len(pictures):
         raise InputError(f"{placed} <image> in the text, {len(pictures)} pictures")
-    return [(role, split_images(content) if isinstance(content, str) else content) for role, content in turns], pictures
-
-
-def split_images(text: str) -> list:
-    pieces = re.split("(<image>)", text)
-    return [IMAGE_TOKEN if piece == "<image>" else piece for piece in pieces if piece]
+    return turns, pictures
 
 
 def llava_mask(ids: list, answer: list, tokenizer) -> list:
@@ -118,8 +114,6 @@ def llava_items(file: Path) -> list:
 
 def llava_row(raw, folder) -> dict:
     turns, names = read_conversation(json.loads(raw) if isinstance(raw, bytes) else raw)
-    if names and folder is None:
-        raise InputError("the row has a picture: --images DIR says where it is")
     pictures = []
     for name in names:
         try:
@@ -144,7 +138,7 @@ GROUPS = {
         ureader_kg ureader_qa visualmrc"""),
     "math": (0.201, """clevr-math geo170k geo3k geometry3k geomverse geoqa+ geos intergps mapqa mathqa multihiertt
         mavis_math_metagen mavis_math_rule_geo pmc-vqa raven super-clevr tabmwp unigeo"""),
-    "ocr": (0.089, "hme100k iam iiit5k k12_printing rendered_text textcaps textocr"),
+    "ocr": (0.089, "chrome_writting hme100k iam iiit5k k12_printing rendered_text textcaps textocr"),
     "text": (0.143, "magpie_pro"),
 }
 
@@ -187,10 +181,14 @@ def onevision_items(args):
     files = {}  # subset -> its files
     for name in sorted(n for n in names if n.endswith(".parquet") and "/" in n):
         files.setdefault(name.split("/")[-2], []).append(name)
+    if args.source and not files:
+        raise InputError(f"--from {args.source}: expected SUBSET/*.parquet in it, as the hub has them")
     if unknown := set(args.subset or ()) - set(files):
         raise InputError(f"no subset {', '.join(sorted(unknown))}; there are: {', '.join(files) or 'none'}")
     groups = args.group or ([] if args.subset else GROUPS)
     wanted = [s for s in files if s in (args.subset or ()) or group_of(s) in groups]
+    if left := [] if args.subset or args.group else sorted(set(files) - set(wanted)):
+        print(f"in no group, so left out unless --subset names them: {', '.join(left)}", file=sys.stderr)
     todo = [file for subset in wanted for file in files[subset]]
     with ThreadPoolExecutor(8) as pool:
         rows = pool.map(lambda file: open_parquet(file, look).metadata.num_rows, todo)
@@ -296,8 +294,9 @@ def write_shard(path: Path, rows, make, kinds: list, encode, bar) -> None:
 
 
 def build(args, source: dict, tokenizer_json: str, splits: dict, kinds: list, rows_of, make) -> None:
-    """splits: {name: number of rows}; rows_of(split, shard, first, last) -> iterator of (where, raw record)."""
-    folder, total = args.out or Path("data") / source["name"], sum(splits.values())
+    """splits: {name: its rows}; rows_of(split, shard, a piece of them) -> iterator of (where, raw record)."""
+    folder, planned = args.out or Path("data") / source["name"], {split: len(rows) for split, rows in splits.items()}
+    total = sum(planned.values())
     if total == 0:
         raise InputError(f"no rows in {source['name']}")
     if args.labels == "llava" and args.template != "qwen_1_5":
@@ -310,7 +309,7 @@ def build(args, source: dict, tokenizer_json: str, splits: dict, kinds: list, ro
     encode = functools.partial(encode_row, tokenizer=tokenizer, template=args.template, labels=args.labels)
     arguments = {
         "format": FORMAT, "command": args.command, "source": source, "seed": args.seed, "template": args.template,
-        "labels": args.labels, "shard_rows": args.shard_rows, "rows_planned": splits,
+        "labels": args.labels, "shard_rows": args.shard_rows, "rows_planned": planned,
         "tokenizer_sha256": sha256(tokenizer_json.encode()),
     }
     prepare_folder(folder, arguments, args.overwrite)
@@ -318,22 +317,23 @@ def build(args, source: dict, tokenizer_json: str, splits: dict, kinds: list, ro
 
     manifest, bad = {"name": folder.name, **arguments, "kinds": kinds, "splits": {}}, []
     with tqdm(total=total, unit="row", desc=folder.name) as bar:
-        for split, n in splits.items():
+        for split, rows in splits.items():
             shards = []
-            for number, first in enumerate(range(0, n, args.shard_rows)):
-                path, last = folder / f"{split}-{number:05d}.safetensors", min(n, first + args.shard_rows)
+            for number, first in enumerate(range(0, len(rows), args.shard_rows)):
+                path, some = folder / f"{split}-{number:05d}.safetensors", rows[first : first + args.shard_rows]
                 facts = shard_facts(path)
                 if facts and not facts["bad"]:
-                    bar.update(last - first)
+                    bar.update(len(some))
                 else:
-                    write_shard(path, rows_of(split, number, first, last), make, kinds, encode, bar)
+                    write_shard(path, rows_of(split, number, some), make, kinds, encode, bar)
                     facts = shard_facts(path)
                 for row in facts["bad"][: max(0, 20 - len(bad))]:
                     bar.write(f"left out: {row['where']}: {row['reason']}", file=sys.stderr)
                 bad += facts.pop("bad")
                 shards.append({"file": path.name, **facts})
+                if bad:
+                    cli.write_text(folder / "bad_rows.jsonl", cli.json_lines(bad))
                 if len(bad) > args.max_bad * total:
-                    write_bad(folder, bad)
                     raise InputError(
                         f"{len(bad)} of {total} rows are bad, more than --max-bad {args.max_bad:g} allows; the first: "
                         f"{bad[0]['where']}: {bad[0]['reason']}; all of them: {folder / 'bad_rows.jsonl'}"
@@ -342,7 +342,6 @@ def build(args, source: dict, tokenizer_json: str, splits: dict, kinds: list, ro
             by_kind = sum((Counter(s["kinds"]) for s in shards), Counter())
             facts["kinds"] = {kind: by_kind[kind] for kind in kinds if by_kind[kind]}
             manifest["splits"][split] = facts | {"shards": shards}
-    write_bad(folder, bad)
     manifest["bad_rows"] = len(bad)
     cli.write_text(folder / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False))
     for split, facts in manifest["splits"].items():
@@ -357,11 +356,6 @@ def shard_facts(path: Path) -> dict:
             return json.loads(shard.metadata()["shard"])
     except (OSError, SafetensorError, LookupError, TypeError, ValueError):
         return {}
-
-
-def write_bad(folder: Path, bad: list) -> None:
-    if bad:
-        cli.write_text(folder / "bad_rows.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in bad))
 
 
 def prepare_folder(folder: Path, arguments: dict, overwrite: bool) -> None:
@@ -391,8 +385,7 @@ def read_tokenizer(source) -> str:
             path = Path(hf_hub_download(source, "tokenizer.json"))
         return cli.Tokenizer(path.read_bytes().decode()).json
     except Exception as e:  # the libraries have errors of their own, down to bare Exception
-        hint = "" if source else " (say which one with --tokenizer)"
-        raise InputError(f"{path}: not a tokenizer.json{hint}: {cli.first_line(e)}") from e
+        raise InputError(f"{path}: not a tokenizer.json: {cli.first_line(e)}") from e
 
 
 def sha256(data: bytes) -> str:
@@ -417,15 +410,20 @@ def emoji_command(args) -> None:
         raise InputError("--per-kind N: 0 or at least 12, else nothing unseen is left to ask about; --vocabulary N: at "
                          "least 259, the bytes and three special tokens")
     pools = emoji_pools(args.seed, args.per_kind)
-    if not all(pools[part][tags] for part in ("train", "concept", "dev_concept") for tags in ("tags", "tags_zh")):
-        raise InputError(f"--per-kind {args.per_kind} with --seed {args.seed} leaves no tags to ask about: take more")
+    unseen = [pools["concept"], pools["dev_concept"]]
+    asked = [pool[tags] for pool in unseen for tags in ("tags", "tags_zh")]
+    asked += [pools[part]["country"] for part in ("pair", "dev_pair")]
+    beside = [others for pool in unseen for others, _ in pool["count"].values()]
+    if not all(asked) or min(map(len, beside)) < 9:  # as many as a scene has at most
+        raise InputError(f"--per-kind {args.per_kind} with --seed {args.seed} leaves too little to ask about that is "
+                         "unseen: take more, or another seed")
     splits = {"encode": args.encode, "pretrain": args.pretrain, "train": args.train}
     splits |= dict.fromkeys([*VALIDATION, "dev"], args.val)
-    splits = {split: n for split, n in splits.items() if n}
+    splits = {split: range(n) for split, n in splits.items() if n}
 
-    def rows_of(split, shard, first, last):
+    def rows_of(split, shard, numbers):
         rng = random.Random(f"{args.seed}/{split}/{shard}")
-        return ((f"{split} row {n}", emoji_row(rng, args.seed, pools, split, n)) for n in range(first, last))
+        return ((f"{split} row {n}", emoji_row(rng, args.seed, pools, split, n)) for n in numbers)
 
     def texts():  # what the tokenizer learns from: training questions, and every training name twenty times
         rng = random.Random(f"{args.seed}/tokenizer")
@@ -449,9 +447,8 @@ def emoji_command(args) -> None:
 def llava_command(args) -> None:
     splits = hold_out(args.seed, llava_items(args.file), args.val)
     source = {"name": args.file.stem, "file": args.file.name, "sha256": sha256(args.file.read_bytes()), "val": args.val}
-    counts = {split: len(items) for split, items in splits.items()}
-    make = functools.partial(llava_row, folder=args.images)
-    build(args, source, read_tokenizer(args.tokenizer), counts, PICTURES, lambda s, _, a, b: splits[s][a:b], make)
+    make = functools.partial(llava_row, folder=args.images or args.file.parent)
+    build(args, source, read_tokenizer(args.tokenizer), splits, PICTURES, lambda split, shard, items: items, make)
 
 
 def onevision_command(args) -> None:
@@ -460,10 +457,8 @@ def onevision_command(args) -> None:
     splits = hold_out(args.seed, items, args.val)
     source = {"name": "onevision", "from": HUB, "samples": args.samples, "groups": args.group, "subsets": args.subset,
               "rows_sha256": sha256(repr(items).encode()), "val": args.val}
-    counts = {split: len(chosen) for split, chosen in splits.items()}
     kinds = sorted({subset for subset, _, _ in items})
-
-    build(args, source, tokenizer_json, counts, kinds, lambda s, _, a, b: onevision_rows(splits[s][a:b], fetch),
+    build(args, source, tokenizer_json, splits, kinds, lambda split, shard, items: onevision_rows(items, fetch),
           onevision_row)
 
 
@@ -483,7 +478,7 @@ def main(argv=None) -> None:
         add("--val", type=int, default=val, help="rows of every validation split (default: %(default)s)")
         add("--shard-rows", type=int, default=shard_rows, help="rows per shard (default: %(default)s)")
         if name != "emoji":
-            add("--template", choices=("qwen_1_5", "vicuna_v1"), help="of the prompt (default: qwen_1_5)")
+            add("--template", choices=list(cli.TEMPLATES), help="of the prompt (default: qwen_1_5)")
             add("--labels", choices=("answer", "llava"),
                 help="supervise answers and their end marks, or what LLaVA did (default: answer)")
         return add
@@ -498,7 +493,7 @@ def main(argv=None) -> None:
     bundled = "the bundled nano model's"
     add = command("llava", llava_command, "LLaVA conversations, JSON or JSONL", bundled, 0, 1000)
     add("file", type=Path, help="a list of {image, conversations}, or one such record a line (.jsonl)")
-    add("--images", type=Path, help="folder that the names of the pictures are relative to")
+    add("--images", type=Path, help="where the pictures' names start (default: the file's folder)")
     add = command("onevision", onevision_command, f"{HUB}, from the hub (needs pyarrow)", bundled, 0, 1000)
     add("--subset", action="append", help="only this subset; may be repeated, beside --group too")
     add("--group", action="append", choices=list(GROUPS), help="only this group; may be repeated")

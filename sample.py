@@ -23,6 +23,7 @@ import cli
 from cli import CLI, PRESETS, InputError, KVCache, encode_chat, load_image, prepare_image, user_content
 
 HERE = Path(__file__).resolve().parent
+NANO = str(HERE / "assets/nano")
 DEMO = [("single.png", "What is this?"), ("single.png", "What colour is the background?"),
         ("scene.png", "What is in the top right?")]
 # What an answer depends on beside its question, model and dtype: kept with it. (Sampled, on its batch too.)
@@ -40,22 +41,22 @@ def generate(model, prompts, pictures, args, cache=None, number=0):
                           args.repetition_penalty, args.seed + number, cache)
 
 
-def answer(model, prompt, pictures, args, start, cache=None, show=True, number=0):
+def answer(model, prompt, pictures, args, start, cache=None, number=0):
     """Generate one answer, streaming it -> (text, ids, facts). Ctrl-C ends the answer and is passed on in the facts.
     start: when its question was read; number: as generate() takes it."""
     first, ids, printed, stopped = None, [], 0, False
     try:
         for (token,) in generate(model, [prompt], [pictures], args, cache, number):
-            first = first or time.time()
+            first = first or time.perf_counter()
             ids.append(token)
             text = model.tokenizer.decode(ids)
-            if show and not text.endswith("\ufffd"):  # a character spread over tokens waits for the last of them
+            if not args.json and not text.endswith("\ufffd"):  # a character of several tokens waits for the last
                 print(text[printed:], end="", flush=True)
                 printed = len(text)
     except KeyboardInterrupt:
         stopped = True
-    text, end, n = model.tokenizer.decode(ids), time.time(), len(ids)
-    if show:
+    text, end, n = model.tokenizer.decode(ids), time.perf_counter(), len(ids)
+    if not args.json:
         print(text[printed:], flush=True)
     first = first or end
     facts = {"tokens": n, "visual_tokens": sum(cli.visual_tokens(p, model.config) for p in pictures),
@@ -135,11 +136,11 @@ def ask(model, args, questions):
         raise InputError("--gates: nothing is let in (no picture, or a model without injection)")
     pages = []
     for paths, prompt in questions:
-        start = time.time()
+        start = time.perf_counter()
         ids, images = prepare(model, paths, prompt)
         if len(questions) > 1:
             say(f"\n{', '.join(str(Path(p).name) for p in paths)}: {prompt}")
-        text, _, facts = answer(model, ids, images, args, start, show=not args.json)
+        text, _, facts = answer(model, ids, images, args, start)
         if args.json:
             result = {"model": str(args.model), "images": [str(p) for p in paths], "prompt": prompt, "answer": text,
                       **facts, "peak_memory_gib": round(cli.peak_memory(model.device), 3)}
@@ -172,7 +173,7 @@ def chat(model, args):
             continue
         if not text.strip():
             continue
-        turn, start = ("user", user_content(text, len(images))), time.time()
+        turn, start = ("user", user_content(text, len(images))), time.perf_counter()
         try:
             prompt = (left or []) + encode_chat(model.tokenizer, model.config.template, [turn], start=left is None)[0]
             fed = cache.lengths[0] + cli.stream_length(prompt, images, model.config)
@@ -192,7 +193,7 @@ def read_questions(path):
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # splitlines() would split within a string too
     except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"{path}: cannot be read: {e}") from e
+        raise InputError(f"{path}: cannot be read: {cli.first_line(e)}") from e
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -216,19 +217,17 @@ def read_questions(path):
 def answer_rows(model, rows, args, number):
     """Decode the answers to some questions together: each gets its "answer", or "error", and loses its "paths"; number:
     of the first row."""
-    prompts, pictures, good = [], [], []
+    asked = []  # (row, its ids, its pictures)
     for row in rows:
         try:
-            ids, images = prepare(model, row.pop("paths"), row["prompt"])
+            asked.append((row, *prepare(model, row.pop("paths"), row["prompt"])))
         except InputError as e:
             row["error"] = str(e)
-            continue
-        prompts.append(ids)
-        pictures.append(images)
-        good.append(row)
-    steps = list(generate(model, prompts, pictures, args, number=number)) if good else []
-    for b, row in enumerate(good):
-        row["answer"] = model.tokenizer.decode([step[b] for step in steps]).strip()
+    if asked:
+        good, prompts, pictures = zip(*asked)
+        steps = list(generate(model, prompts, pictures, args, number=number))
+        for b, row in enumerate(good):
+            row["answer"] = model.tokenizer.decode([step[b] for step in steps]).strip()
 
 
 def batch(model, questions, args):
@@ -244,7 +243,7 @@ def batch(model, questions, args):
             asked = [{k: v for k, v in q.items() if k != "paths"} for q in questions]
             if [{k: v for k, v in d.items() if k not in ("answer", "error")} for d in done] != asked[: len(done)]:
                 raise ValueError
-            following = json_lines(asked[len(done) :][:1]).encode(errors="backslashreplace")[:-2]  # but for "}"
+            following = cli.json_lines(asked[len(done) :][:1]).encode(errors="backslashreplace")[:-2]  # but for "}"
             if half and not following or half[: len(following)] != following[: len(half)]:
                 raise ValueError
         except (ValueError, AttributeError):
@@ -254,48 +253,44 @@ def batch(model, questions, args):
         for n in [n for n, d in enumerate(done) if "error" in d]:
             done[n] = questions[n]
             answer_rows(model, [done[n]], args, n)
-        cli.write_text(out, json_lines(done))
+        cli.write_text(out, cli.json_lines(done))
     failed = sum("error" in d for d in done)
     with open(out, "ab") as file, tqdm(total=len(questions), initial=len(done)) as bar:
         for start in range(len(done), len(questions), args.batch_size):
             rows = questions[start : start + args.batch_size]
             answer_rows(model, rows, args, start)
             failed += sum("error" in row for row in rows)
-            file.write(json_lines(rows).encode(errors="backslashreplace"))  # cf. cli.write_text
+            file.write(cli.json_lines(rows).encode(errors="backslashreplace"))  # cf. cli.write_text
             file.flush()
             bar.update(len(rows))
     return failed
 
 
-def json_lines(rows):
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
 def add_model_flags(add):
-    add("--model", default=str(HERE / "assets/nano"), help="folder or hub id (default: the bundled nano model)")
+    add("--model", default=NANO, help="folder or hub id (default: the bundled nano model)")
     add("--vision", help="separate vision encoder, for a bare decoder or an original LLaVA-1.5")
     add("--fusion", choices=list(PRESETS), help="add a fresh fusion to a checkpoint that has none")
     add("--key-map", help="JSON file with the names of AMP and AGF tensors we do not know (README)")
     add("--device", default="auto", help="cpu, cuda, mps or auto (default)")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="default: auto")
+    add("--dtype", default="auto", choices=("auto", *cli.DTYPES), help="default: auto")
 
 
 def load_model(args):
     """The model of add_model_flags' flags; what it is and runs on goes to standard error."""
     device, why = cli.pick_device(args.device)
     dtype, why_dtype = cli.pick_dtype(args.dtype, device)
-    start = time.time()
+    start = time.perf_counter()
     model = CLI.from_pretrained(args.model, vision=args.vision, fusion=args.fusion, device=device, dtype=dtype,
                                 key_map=args.key_map)
     if model.tokenizer is None:
         raise InputError(f"{args.model} has no tokenizer.json: put the one of the decoder's family beside the weights")
     parameters = sum(p.numel() for p in model.parameters())
-    say(f"[{args.model}: {parameters / 1e6:.1f} M parameters, loaded in {time.time() - start:.2f} s; "
+    say(f"[{args.model}: {parameters / 1e6:.1f} M parameters, loaded in {time.perf_counter() - start:.2f} s; "
         f"device {device} ({why}), {str(dtype)[6:]} ({why_dtype})]")
     return model
 
 
-def parse():
+def main():
     parser = cli.Parser(description=__doc__)
     add = parser.add_argument
     add_model_flags(add)
@@ -313,11 +308,7 @@ def parse():
     add("--batch", metavar="JSONL", help="answer many questions; needs --out")
     add("--out", metavar="JSONL", help="where the answers of --batch go")
     add("--batch-size", type=int, default=8, help="questions decoded together (default: %(default)s)")
-    return parser, parser.parse_args()
-
-
-def main():
-    parser, args = parse()
+    args = parser.parse_args()
     for name, low in (("max_new_tokens", 1), ("temperature", 0), ("top_k", 0), ("batch_size", 1)):
         if not getattr(args, name) >= low:  # nan neither
             raise InputError(f"--{name.replace('_', '-')} must be at least {low}")
@@ -335,7 +326,7 @@ def main():
         if not path.parent.is_dir() or path.exists() and not path.is_file():
             raise InputError(f"{path}: cannot be written: " + ("not a file" if path.exists() else "no such folder"))
     questions = read_questions(args.batch) if args.batch else []
-    demo = args.prompt is None and args.model == parser.get_default("model") and not args.image
+    demo = args.prompt is None and args.model == NANO and not args.image
     if args.prompt is None and not (args.batch or demo or sys.stdin.isatty()):
         try:
             args.prompt = sys.stdin.read().strip()

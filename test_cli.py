@@ -2139,6 +2139,12 @@ def test_run_program(capsys):
         left.stdout.close()  # as `| head -1` does
         told = left.stderr.read()
         assert left.wait() == 1 and "Traceback" not in told and "BrokenPipe" not in told
+    program = "import cli, sys; sys.stdout.reconfigure(write_through=False); cli.run_program(lambda: print('text'))"
+    with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, env=os.environ | {"PYTHONUNBUFFERED": ""},
+                          **pipes) as left:
+        left.stdout.close()  # what was printed is written at the end only
+        told = left.stderr.read()
+        assert left.wait() == 1 and "BrokenPipe" not in told
 
 
 def test_a_file_that_cannot_be_written_is_one_line(tmp_path, capsys):
@@ -2352,7 +2358,7 @@ def test_sample_stops_at_an_interrupt(sample_model, monkeypatch, capsys):
 def test_sample_times_its_tokens(sample_model, monkeypatch, capsys):
     """The first token's time is the first one's, the rate that of those behind it."""
     clock = itertools.count().__next__  # a second passes whenever it is looked at
-    monkeypatch.setattr(sample.time, "time", clock)
+    monkeypatch.setattr(sample.time, "perf_counter", clock)
 
     def generate(*_):
         for i in range(65, 70):
@@ -3020,7 +3026,8 @@ def test_llava_with_the_template_of_vicuna(llama, tmp_path):
 def test_llava_conversations():
     """The original's rules for turns and placeholders."""
     image, read = cli.IMAGE_TOKEN, prepare_data.read_conversation
-    assert read(conversation("Hi", "Ho")) == ([("user", ["Hi"]), ("assistant", ["Ho"])], [])
+    for more in ({}, {"image": ""}, {"image": []}):
+        assert read(conversation("Hi", "Ho", **more)) == ([("user", ["Hi"]), ("assistant", ["Ho"])], [])
     assert read(conversation("Hi <image> there", "Ho", image="a"))[0][0] == ("user", [image, "\nHi  there"])
     assert read(conversation("<image>Hi", "Ho", image="a"))[0][0] == ("user", [image, "Hi"])  # at the start: as it is
     two = read(conversation("A <image> and <image>?", "Ho", "And <image>", "Hm", image=["a", "b", "c"]))
@@ -3136,7 +3143,9 @@ def test_prepare_mistakes_are_one_line(emoji, tmp_path, small_tokenizer, monkeyp
         (["llava", "empty.json", "--tokenizer", small_tokenizer, "--val", 5], "there are only 0 rows"),
         (["llava", "some.json", "--tokenizer", small_tokenizer, "--template", "vicuna_v1"], "(--template, --tok"),
         (["emoji", "--per-kind", 3], "--per-kind N: 0 or at least 12"),
-        (["emoji", "--per-kind", 12, "--seed", 3], "no tags to ask about"),
+        (["emoji", "--per-kind", 12, "--seed", 3], "leaves too little to ask about"),  # no tags
+        (["emoji", "--per-kind", 12, "--seed", 115], "leaves too little to ask about"),  # nothing but what is counted
+        (["emoji", "--seed", 683], "leaves too little to ask about"),  # no flags
         (["emoji", "--vocabulary", 2], "at least 259"),
         (["emoji", "--train", "-1"], "cannot be negative"),
         (["emoji", "--max-bad", "-1"], "cannot be negative"),
@@ -3157,7 +3166,7 @@ def test_prepare_mistakes_are_one_line(emoji, tmp_path, small_tokenizer, monkeyp
 # ---- LLaVA-OneVision-Data
 
 
-def test_onevision_from_parquet(small_tokenizer, tmp_path, monkeypatch):
+def test_onevision_from_parquet(small_tokenizer, tmp_path, monkeypatch, capsys):
     """Local parquet files: pictures and texts arrive as they are, samples are shared out, mistakes are told."""
     sizes = {"ai2d(gpt4v)": 12, "magpie_pro(l3_80b_st)": 10, "sharegpt4o": 30, "vsr(cauldron,llava_format)": 10}
     for subset, n in sizes.items():
@@ -3210,6 +3219,8 @@ def test_onevision_from_parquet(small_tokenizer, tmp_path, monkeypatch):
     assert list(both) == ["magpie_pro(l3_80b_st)", "sharegpt4o"]
     with pytest.raises(cli.InputError, match="no subset nothing; there are: ai2d"):
         run("error", "--subset", "nothing")
+    with pytest.raises(cli.InputError, match=r"sharegpt4o: expected SUBSET/\*.parquet in it"):
+        run_prepare_data("onevision", "--from", tmp_path / "copy/sharegpt4o", "--tokenizer", small_tokenizer)
     files = sorted(path.relative_to(tmp_path / "copy").as_posix() for path in (tmp_path / "copy").rglob("*.parquet"))
     HUB = prepare_data.HUB
     hub = {(HUB, "dataset"): files}
@@ -3221,6 +3232,10 @@ def test_onevision_from_parquet(small_tokenizer, tmp_path, monkeypatch):
         patch.setattr("huggingface_hub.hf_hub_download", lambda name, file, repo_type: hub[name, file, repo_type])
         run_prepare_data("onevision", "--tokenizer", small_tokenizer, "--out", tmp_path / "hub", "--shard-rows", 7)
     assert rows_of(tmp_path / "hub", "train") == rows_of(tmp_path / "all", "train")
+    shutil.copytree(tmp_path / "copy/vsr(cauldron,llava_format)", tmp_path / "copy/newer")
+    for chosen, told in (([], True), (["--group", "general"], False)):
+        run("newer", "--samples", 4, "--overwrite", *chosen)
+        assert ("in no group, so left out unless --subset names them: newer\n" in capsys.readouterr().err) == told
     (tmp_path / "copy/sharegpt4o/train-00000-of-00002.parquet").write_bytes(b"PAR1 damaged")
     with pytest.raises(cli.InputError, match="sharegpt4o/train-00000-of-00002.parquet cannot be read"):
         run("error")

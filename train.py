@@ -790,7 +790,7 @@ def evaluate(source, blind_source, data, readme=None, device="auto", limit=0):
         print("\nmean W, decoder layer <- vision levels\n" + "\n".join(tables["gates"]))
     facts = {"model": str(source), "data_seed": manifest["seed"], "commit": commit(), "scores": scores, "gates": means}
     cli.write_text(out / "eval.json", json.dumps(facts, indent=1) + "\n")
-    cli.write_text(out / "answers.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    cli.write_text(out / "answers.jsonl", cli.json_lines(lines))
     print(f"\n{out / 'eval.json'} and answers.jsonl are written")
     if readme:
         put_between_marks(readme, {f"nano {name}": table for name, table in tables.items()})

@@ -122,7 +122,7 @@ def colours_of(seed: int, key: str, held_out: bool) -> tuple:
 
 @functools.cache
 def load_emoji():
-    """-> the records of emoji.json and the sheets, decoded once."""
+    """-> emoji.json, its concepts by id, and the artists' sheets; decoded once."""
     try:
         data = json.loads((EMOJI / "emoji.json").read_text(encoding="utf-8"))
         sheets = {artist: Image.open(EMOJI / file).convert("RGBA") for artist, file in data["sheets"].items()}
@@ -133,9 +133,9 @@ def load_emoji():
 
 def open_picture(data: bytes) -> Image.Image:
     """The picture of a row: bytes of an image file, or a recipe to draw. -> PIL RGB"""
-    if bytes(data[:1]) != b"{":
-        return cli.load_image(bytes(data))
-    recipe = json.loads(bytes(data))
+    if not data.startswith(b"{"):
+        return cli.load_image(data)
+    recipe = json.loads(data)
     emoji, concepts, sheets = load_emoji()
     side, n = emoji["cell"], recipe["grid"]
     picture = Image.new("RGB", (n * side, n * side))
@@ -267,7 +267,7 @@ def ask_scene(rng: random.Random, seed: int, pool: dict, others: dict, kind: str
 
     artists = rng.sample(ARTISTS, 3)
     put["artist"] = artists[0]
-    drawn_by = {"by_artist": artists[0], "odd_artist": artists[0], "same": artists[0]}.get(kind)
+    drawn_by = artists[0] if kind in ("by_artist", "odd_artist", "same") else None
     target = draw(at, pool["several"] if kind == "same" else pool["things"], drawn_by)
     if kind == "same":
         twin = rng.choice([i for i in range(grid**2) if i != at])

@@ -6,7 +6,6 @@
 A question's picture is a recipe that assets/emoji/scenes.py draws; "row" is its number in the split.
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -43,7 +42,7 @@ def write_questions(path=HERE / "questions.jsonl", data="data/emoji", step=23, c
             question, answer = text.removeprefix("\n").split("<|im_end|>")[0], tokens[marks == 1].tolist()
             lines.append({"split": split, "row": number, "kind": rows.kinds[number], "question": question,
                           "answer": tokenizer.decode(answer).strip(), "picture": picture.decode()})
-    cli.write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    cli.write_text(path, cli.json_lines(lines))
 
 
 if __name__ == "__main__":
