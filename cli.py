@@ -744,7 +744,7 @@ class CLI(nn.Module):
 
     def see(self, pictures, stream):
         """Prepared pictures -> base visual tokens (T, D), and v_hat: (l, j, k) -> V_hat_k (T, D); 0 where text is."""
-        pixels = torch.cat([p.crops for p in pictures]).to(self.device, self.dtype)
+        pixels = torch.cat([p.crops.to(self.device, self.dtype) for p in pictures])
         final, fusion = self.config.vision.num_hidden_layers, self.config.fusion
         levels = {final, *fusion.levels}
         # Without gradients a few crops at a time keep the activations small; the levels asked for are all that stays.
@@ -1365,9 +1365,10 @@ def choose_tiles(size, config, several):
 
 def normalise(image, cfg):
     """PIL RGB -> float32[3, h, w], (x / 255 - mean) / std with the product in float64 as in LLaVA."""
-    x = (np.asarray(image, dtype=np.float64) * (1 / 255)).astype(np.float32)
-    x = (x - np.float32(cfg.image_mean)) / np.float32(cfg.image_std)
-    return torch.from_numpy(np.ascontiguousarray(x.transpose(2, 0, 1)))
+    levels = (np.arange(256) * (1 / 255)).astype(np.float32)[:, None]  # all values that a channel can have
+    levels = ((levels - np.float32(cfg.image_mean)) / np.float32(cfg.image_std)).T.copy()
+    pixels = np.asarray(image)
+    return torch.from_numpy(np.stack([levels[c][pixels[..., c]] for c in range(3)]))
 
 
 def prepare_image(image, config, several=False):

@@ -21,8 +21,8 @@ Output, in data/NAME/:
 
 A recipe is a line of JSON that open_picture() of assets/emoji/scenes.py draws: a scene takes a millisecond to draw and
 200 bytes to keep, so that a hundred thousand different ones fit anywhere. An interrupted run goes on where it was:
-finished shards are kept, but for those with bad rows, which may have been mended. A shard depends on nothing but the
-arguments, what the rows point to, its split and number, so the bytes are those of a run in one go.
+finished shards are kept, but of a file of yours not those with bad rows, which may have been mended. A shard depends on
+nothing but the arguments, what the rows point to, its split and number, so the bytes are those of a run in one go.
 """
 
 import functools
@@ -38,7 +38,7 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from safetensors.numpy import save_file
 from tqdm import tqdm
 
 import cli
@@ -172,11 +172,13 @@ def onevision_items(args):
     else:
         from huggingface_hub import HfApi, HfFileSystem, hf_hub_download
 
-        names = reach(f"{HUB} (--from DIR takes a copy)", HfApi().list_repo_files, HUB, repo_type="dataset")
-        fetch = functools.partial(hf_hub_download, HUB, repo_type="dataset")
+        there = f"{HUB} (--from DIR takes a copy)"
+        at = reach(there, HfApi().dataset_info, HUB).sha  # one state of it, and no request for a file that is here
+        names = reach(there, HfApi().list_repo_files, HUB, repo_type="dataset", revision=at)
+        fetch = functools.partial(hf_hub_download, HUB, repo_type="dataset", revision=at)
 
         def look(file):  # of a file that is only counted, nothing but the footer is fetched
-            return HfFileSystem().open(f"datasets/{HUB}/{file}")
+            return HfFileSystem().open(f"datasets/{HUB}@{at}/{file}")
 
     files = {}  # subset -> its files
     for name in sorted(n for n in names if n.endswith(".parquet") and "/" in n):
@@ -263,14 +265,19 @@ def encode_row(row: dict, tokenizer, template: str, labels: str):
 
 def write_shard(path: Path, rows, make, kinds: list, encode, bar) -> None:
     """rows: iterator of (where, raw record). The file appears under its name only when it is whole."""
-    good, bad = [], []
-    for where, raw in rows:
-        bar.update()
+    def read(item):
+        where, raw = item
         try:
             row = make(raw)
-            good.append((*encode(row), row["pictures"], row["kind"]))
+            return (*encode(row), row["pictures"], row["kind"])
         except (ValueError, RecursionError) as e:  # InputError and broken JSON
-            bad.append({"where": where, "reason": str(e)})
+            return {"where": where, "reason": str(e)}
+
+    good, bad = [], []
+    with ThreadPoolExecutor() as threads:  # decoding pictures takes most of the time, and runs beside Python
+        for found in threads.map(read, rows):
+            bar.update()
+            (bad if isinstance(found, dict) else good).append(found)
     ids, answer, sizes, row_pictures, row_kinds = zip(*good) if good else [()] * 5
     pictures, count = [*chain(*row_pictures)], Counter(row_kinds)
 
@@ -290,7 +297,7 @@ def write_shard(path: Path, rows, make, kinds: list, encode, bar) -> None:
     facts = {"rows": len(good), "tokens": len(tensors["tokens"]),
              "supervised_tokens": int(np.count_nonzero(tensors["answer"])),
              "pictures": len(pictures), "kinds": {k: count[k] for k in kinds if count[k]}, "bad": bad}
-    cli.write_whole(path, lambda temporary: temporary.write_bytes(save(tensors, {"shard": json.dumps(facts)})))
+    cli.write_whole(path, lambda temporary: save_file(tensors, temporary, {"shard": json.dumps(facts)}))
 
 
 def build(args, source: dict, tokenizer_json: str, splits: dict, kinds: list, rows_of, make) -> None:
@@ -322,7 +329,7 @@ def build(args, source: dict, tokenizer_json: str, splits: dict, kinds: list, ro
             for number, first in enumerate(range(0, len(rows), args.shard_rows)):
                 path, some = folder / f"{split}-{number:05d}.safetensors", rows[first : first + args.shard_rows]
                 facts = shard_facts(path)
-                if facts and not facts["bad"]:
+                if facts and not (facts["bad"] and args.command == "llava"):
                     bar.update(len(some))
                 else:
                     write_shard(path, rows_of(split, number, some), make, kinds, encode, bar)

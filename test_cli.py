@@ -236,9 +236,10 @@ def load(folder, **kwargs):
 def no_ranks(monkeypatch):
     """No test is a rank of somebody's run, or leaves train.main()'s variables or process group to the next one; and
     where a rank dies the other waits minutes for it, not train.py's two hours."""
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "RANK_0", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "RANK_0", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+             "OMP_NUM_THREADS")
     before = {name: os.environ[name] for name in names if name in os.environ}
-    for name in names[:4]:
+    for name in names[:5]:
         os.environ.pop(name, None)
     init, wait = torch.distributed.init_process_group, datetime.timedelta(minutes=5)
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, timeout: init(backend, timeout=wait))
@@ -2917,7 +2918,7 @@ def test_emoji_places_counts_and_artists_are_balanced():
 def test_interrupted_run_leaves_nothing_and_resumes(emoji, few, tmp_path, monkeypatch):
     """Stopped in the middle of a shard: no manifest, no part of a file; the next run completes it to the same bytes."""
     arguments = (*FEW, "--out", tmp_path, "--tokenizer", emoji)
-    encode_row, calls = prepare_data.encode_row, []
+    encode_row, save_file, calls = prepare_data.encode_row, prepare_data.save_file, []
 
     def interrupted(*args, **kwargs):
         calls.append(1)
@@ -2925,14 +2926,14 @@ def test_interrupted_run_leaves_nothing_and_resumes(emoji, few, tmp_path, monkey
             raise KeyboardInterrupt
         return encode_row(*args, **kwargs)
 
-    def write_half(path, data):
-        with open(path, "wb") as file:
-            file.write(data[: len(data) // 2] if "train-00001" in path.name else data)
+    def write_half(tensors, path, metadata):
+        save_file(tensors, path, metadata)
         if "train-00001" in path.name:
+            os.truncate(path, path.stat().st_size // 2)
             raise KeyboardInterrupt
 
     shards = {f"{split}-00000.safetensors" for split in ("encode", "pretrain", "train")}
-    for place, name, instead in ((prepare_data, "encode_row", interrupted), (Path, "write_bytes", write_half)):
+    for place, name, instead in ((prepare_data, "encode_row", interrupted), (prepare_data, "save_file", write_half)):
         with monkeypatch.context() as patch:
             patch.setattr(place, name, instead)
             with pytest.raises(KeyboardInterrupt):
@@ -3223,13 +3224,16 @@ def test_onevision_from_parquet(small_tokenizer, tmp_path, monkeypatch, capsys):
         run_prepare_data("onevision", "--from", tmp_path / "copy/sharegpt4o", "--tokenizer", small_tokenizer)
     files = sorted(path.relative_to(tmp_path / "copy").as_posix() for path in (tmp_path / "copy").rglob("*.parquet"))
     HUB = prepare_data.HUB
-    hub = {(HUB, "dataset"): files}
+    hub = {(HUB, "dataset", "7c0ffee"): files}
     for file in files:
-        hub[f"datasets/{HUB}/{file}"] = hub[HUB, file, "dataset"] = tmp_path / "copy" / file
+        hub[f"datasets/{HUB}@7c0ffee/{file}"] = hub[HUB, file, "dataset", "7c0ffee"] = tmp_path / "copy" / file
     with monkeypatch.context() as patch:  # from the hub: the same
-        patch.setattr("huggingface_hub.HfApi.list_repo_files", lambda _, name, repo_type: hub[name, repo_type])
+        patch.setattr("huggingface_hub.HfApi.dataset_info", lambda _, name: types.SimpleNamespace(sha="7c0ffee"))
+        patch.setattr("huggingface_hub.HfApi.list_repo_files",
+                      lambda _, name, repo_type, revision: hub[name, repo_type, revision])
         patch.setattr("huggingface_hub.HfFileSystem.open", lambda _, name: open(hub[name], "rb"))
-        patch.setattr("huggingface_hub.hf_hub_download", lambda name, file, repo_type: hub[name, file, repo_type])
+        patch.setattr("huggingface_hub.hf_hub_download",
+                      lambda name, file, repo_type, revision: hub[name, file, repo_type, revision])
         run_prepare_data("onevision", "--tokenizer", small_tokenizer, "--out", tmp_path / "hub", "--shard-rows", 7)
     assert rows_of(tmp_path / "hub", "train") == rows_of(tmp_path / "all", "train")
     shutil.copytree(tmp_path / "copy/vsr(cauldron,llava_format)", tmp_path / "copy/newer")
@@ -3337,14 +3341,19 @@ def test_lengths_are_those_of_the_stream(emoji, mixed, aspect):
     """Lengths and supervised tokens that Rows counts beforehand are those of the expanded stream and of the loss."""
     model = tiny_model(emoji, fusion="none", fusion_fields={})
     model.config = dataclasses.replace(model.config, image_aspect_ratio=aspect)
+    shrunk = set()
     for folder, blind in ((emoji, False), (emoji, True), (mixed / "answer", False), (mixed / "llava", False)):
         rows = train.Rows(folder, "train", model.config, blind)
         for i in range(min(len(rows), 12)):
             batch = rows.batch([i])
             stream = cli.Stream(batch["tokens"], batch["pictures"], batch["seqlens"], None, model.config)
             assert rows.lengths[i] == len(stream.ids) == sum(stream.seqlens)
+            patches = sum(len(p.crops) for p in batch["pictures"]) * model.config.vision.side**2
+            assert rows.costs[i] == max(len(stream.ids), patches)
+            shrunk.add(patches > len(stream.ids))
             with torch.no_grad():
                 assert rows.supervised[i] == model(**batch)[1] > 0
+    assert (True in shrunk) == (aspect == "anyres_max_2")
 
 
 @pytest.mark.parametrize("labels", ["answer", "llava"])
@@ -3391,16 +3400,16 @@ def test_rows_of_a_step_are_permutations():
 
 
 def test_micro_batches_keep_to_the_budget(emoji):
-    """The rows of a step by length, each once, cut up where the budget ends; a row that is longer stands alone."""
+    """The rows of a step by cost, each once, cut up where the budget ends; a row that costs more stands alone."""
     rows = train.Rows(emoji, "train", Config(vision=VisionConfig(**TINY["vision"])))
     order = list(range(40, 0, -1))
     for budget, least, most in ((1, 40, 40), (300, 10, 39), (10_000, 1, 1)):
         batches = train.micro_batches(rows, order, budget)
-        assert sum(batches, []) == sorted(order, key=lambda i: (rows.lengths[i], i)) and least <= len(batches) <= most
-        sizes = [sum(rows.lengths[i] for i in batch) for batch in batches]
+        assert sum(batches, []) == sorted(order, key=lambda i: (rows.costs[i], i)) and least <= len(batches) <= most
+        sizes = [sum(rows.costs[i] for i in batch) for batch in batches]
         assert all(size <= budget or len(batch) == 1 for size, batch in zip(sizes, batches))
         for size, following in zip(sizes, batches[1:]):  # none could have taken the next row too
-            assert size + rows.lengths[following[0]] > budget
+            assert size + rows.costs[following[0]] > budget
 
 
 def test_schedule_rises_then_falls():
@@ -3708,6 +3717,32 @@ def test_interrupted_run_resumes_bitwise(few, tmp_path, minutes, monkeypatch):
     assert not list((tmp_path / "parts").glob("*state.pt*"))
     train.train(cfg)  # finished: nothing is run again
     assert len(calls) == 11
+
+
+def test_a_run_goes_on_in_less_memory(few, tmp_path, monkeypatch):
+    """What was too much for the memory goes on with smaller micro-batches and checkpointing, where that changes nothing
+    but rounding."""
+    train.train(settings(few, tmp_path / "whole", steps=4))
+    backward, calls = train.backward, []
+
+    def out_of_memory(*args):
+        calls.append(len(args[1]))
+        return stop() if len(calls) == 3 else backward(*args)
+
+    monkeypatch.setattr(train, "backward", out_of_memory)
+    cfg = settings(few, tmp_path / "parts", steps=4, save_minutes=0.0)
+    with pytest.raises(Stop):
+        train.train(cfg)
+    train.train(dataclasses.replace(cfg, batch_tokens=60, checkpointing=True))
+    assert calls[3] > calls[2]
+    for one, other in zip(log_of(tmp_path / "whole"), log_of(tmp_path / "parts"), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+    out = tmp_path / "contrast"
+    out.mkdir()
+    (out / "state.pt").touch()
+    kept = {"objective": "contrast", "batch_tokens": 60}
+    cli.write_text(out / "train.json", json.dumps({"config": kept}))
+    fails(lambda: train.earlier_run(out, {**kept, "batch_tokens": 61}), "with other settings, batch_tokens=60")
 
 
 def test_checkpoints_come_by_the_clock(few, tmp_path, minutes, monkeypatch, capsys):
@@ -4375,7 +4410,7 @@ class AsRows:
 
     def __init__(self, items, picture, config):
         self.items, self.shown = items, picture
-        self.lengths = [len(t) - 1 + cli.visual_tokens(picture, config) for t, _ in items]
+        self.costs = [len(t) - 1 + cli.visual_tokens(picture, config) for t, _ in items]
 
     def batch(self, rows):
         return {**train.flat_stream([(*self.items[i], []) for i in rows]), "pictures": [self.shown] * len(rows)}

@@ -39,6 +39,7 @@ from pathlib import Path
 # oneDNN keeps the last 1,024 kernels that it compiled; with a new shape at nearly every step they grew to some GiB.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -90,7 +91,7 @@ class TrainConfig:
     steps: int = setting(0, "optimiser steps; 0: as many as the epochs take")
     epochs: float = setting(1.0, "passes over the split, where steps is 0")
     batch_rows: int = setting(64, "rows (conversations) of a step, over all micro-batches and ranks")
-    batch_tokens: int = setting(8192, "tokens, pictures included, that one micro-batch may hold")
+    batch_tokens: int = setting(8192, "tokens, pictures included, and patches that one micro-batch may hold")
     max_length: int = setting(32768, "rows of more tokens are left out")
     lr_decoder: float = setting(1e-3, "learning rate of the decoder; 0 freezes a part")
     lr_projector: float = setting(1e-3, "learning rate of the projector and the newline vector")
@@ -173,11 +174,14 @@ def read_manifest(folder, split):
 
 class Rows:
     """The rows of one split, memory-mapped. rows[i] -> tokens int64[T], marks uint8[T], bytes of its pictures; marks: 1
-    is part of an answer, 2 is supervised all the same (prepare_data.py --labels llava), 0 is not."""
+    is part of an answer, 2 is supervised all the same (prepare_data.py --labels llava), 0 is not. costs: the tokens of
+    a row or, if there are more, its pictures' patches, which the encoder and AMP take one by one."""
 
     def __init__(self, folder, split, config, blind=False):
         self.config, self.blind = config, blind
-        self.where, self.lengths, self.supervised, self.kinds = [], [], [], []  # of each row
+        self.where, self.lengths, self.costs, self.supervised, self.kinds = [], [], [], [], []  # of each row
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        self.threads = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // ranks))  # for pictures
         manifest = read_manifest(folder, split)
         for file in (Path(folder) / facts["file"] for facts in manifest["splits"][split]["shards"]):
             try:
@@ -186,14 +190,15 @@ class Rows:
             except (OSError, SafetensorError) as e:
                 raise InputError(f"{file}: missing or damaged ({e}): make the data again") from e
             ends, pictures, sizes = (shard[name].tolist() for name in ("row_offsets", "row_pictures", "picture_sizes"))
-            counts = [0, *(shard["answer"] > 0).cumsum(0).tolist()]
+            marked = shard["answer"].numpy() > 0  # the first token of a row has nothing before it to be predicted from
+            counts = (np.add.reduceat(marked, ends[:-1], dtype=np.int64) - marked[ends[:-1]]).tolist()
             for i, kind in enumerate(shard["kind"].tolist()):
                 start, end, first, last = *ends[i : i + 2], *pictures[i : i + 2]
-                seen = 0 if blind else sum(picture_tokens(config, w, h, last - first > 1) for w, h in sizes[first:last])
+                seen = [picture_tokens(config, w, h, last - first > 1) for w, h in sizes[first:last] if not blind]
                 self.where.append((shard, start, end, first, last))
-                self.lengths.append(end - start - (last - first) + seen)
-                # the first token of a row has nothing before it to be predicted from
-                self.supervised.append(counts[end] - counts[start] - int(shard["answer"][start] > 0))
+                self.lengths.append(end - start - (last - first) + sum(tokens for tokens, _ in seen))
+                self.costs.append(max(self.lengths[-1], sum(patches for _, patches in seen)))
+                self.supervised.append(counts[i])
                 self.kinds.append(manifest["kinds"][kind])
 
     def __len__(self):
@@ -206,13 +211,15 @@ class Rows:
             text = tokens != IMAGE_TOKEN
             return tokens[text], marks[text], []
         offsets = shard["picture_offsets"][first : last + 1].tolist()
-        return tokens, marks, [shard["pictures"][a:b].numpy().tobytes() for a, b in zip(offsets, offsets[1:])]
+        # clone() lets other threads run while the disk is read
+        return tokens, marks, [shard["pictures"][a:b].clone().numpy().tobytes() for a, b in zip(offsets, offsets[1:])]
 
     def batch(self, rows):
         """Row numbers -> arguments of CLI.forward: tokens, pictures, seqlens, labels and context of one flat stream."""
         items = [self[i] for i in rows]
-        pictures = [cli.prepare_image(open_picture(p), self.config, len(ps) > 1) for *_, ps in items for p in ps]
-        return {**flat_stream(items), "pictures": pictures}
+        data = [(picture, len(ps) > 1) for *_, ps in items for picture in ps]
+        pictures = self.threads.map(lambda x: cli.prepare_image(open_picture(x[0]), self.config, x[1]), data)
+        return {**flat_stream(items), "pictures": list(pictures)}
 
 
 def flat_stream(items):
@@ -225,31 +232,33 @@ def flat_stream(items):
 
 @functools.cache
 def picture_tokens(config, width, height, several):
-    """Visual tokens of a picture of that size, before it is read."""
+    """Visual tokens and patches of a picture of that size, before it is read."""
     size = (width, height)
     try:
-        return cli.visual_tokens(cli.Picture(None, size, cli.choose_tiles(size, config, several)), config)
+        tiles = cli.choose_tiles(size, config, several)
     except InputError:
-        return 1 << 40  # too large to be prepared: more than any row may have
+        return 1 << 40, 1 << 40  # too large to be prepared: more than any row may have
+    patches = (1 + math.prod(tiles or (0,))) * config.vision.side**2
+    return cli.visual_tokens(cli.Picture(None, size, tiles), config), patches
 
 
 def micro_batches(rows, order, budget):
-    """Row numbers of a step -> lists of them, each of at most `budget` tokens (a longer row stands alone); sorted by
-    length, which keeps the padding of the gates' pooling small."""
+    """Row numbers of a step -> lists of them, each of at most `budget` tokens and patches (a longer row stands alone);
+    sorted, which keeps the padding of the gates' pooling small."""
     batches, size = [], 0
-    for i in sorted(order, key=lambda i: (rows.lengths[i], i)):
-        if not batches or size + rows.lengths[i] > budget:
+    for i in sorted(order, key=lambda i: (rows.costs[i], i)):
+        if not batches or size + rows.costs[i] > budget:
             batches.append([])
             size = 0
         batches[-1].append(i)
-        size += rows.lengths[i]
+        size += rows.costs[i]
     return batches
 
 
 def share_of_step(rows, order, rank, world, cfg):
     """A rank's micro-batches of a step, equal work for every rank. Sharded ranks meet in every forward pass: all must
     have as many, and those with fewer cut theirs up."""
-    shares = [sorted(order, key=lambda i: rows.lengths[i])[r::world] for r in range(world)]
+    shares = [sorted(order, key=lambda i: rows.costs[i])[r::world] for r in range(world)]
     shares = [micro_batches(rows, share, cfg.batch_tokens) for share in shares]
     batches, most = shares[rank], max(map(len, shares))
     while cfg.shard and len(batches) < most:
@@ -510,6 +519,7 @@ def commit():
 
 
 FREE = ("out", "device", "save_minutes", "eval_every")  # settings that may differ when a run goes on
+FITS = ("batch_tokens", "checkpointing", "shard")  # these too, if answers are learnt: what fits into memory, no more
 
 
 def earlier_run(out, settings):
@@ -518,7 +528,8 @@ def earlier_run(out, settings):
     model = ("train.json", "config.json", "model.safetensors")
     if not isinstance(facts.get("config"), dict) and any((out / name).exists() for name in model):
         raise InputError(f"{out} holds a model that is no run's of train.py: give another --out")
-    free = (*FREE, "data")  # of the data the hash is compared, wherever they lie
+    # of the data the hash is compared, wherever they lie
+    free = (*FREE, "data", *(FITS if settings["objective"] == "answers" else ()))
     wrong = [f"{k}={v!r}" for k, v in facts.get("config", {}).items() if k not in free and v != settings.get(k)]
     if wrong and any((out / name).exists() for name in ("state.pt", "model.safetensors")):  # else nothing would be lost
         raise InputError(f"{out} holds a run with other settings, {', '.join(wrong)}: give another --out, or delete it")
@@ -867,7 +878,8 @@ def start_ranks(n):
     with socket.socket() as s:  # a free port
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(n)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(n),
+                   "LOCAL_WORLD_SIZE": str(n)}
     os.environ["OMP_NUM_THREADS"] = str(threads)
     for rank in range(1, n):  # rank 0 does the talking
         environment = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "RANK_0": str(os.getpid())}

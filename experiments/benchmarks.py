@@ -90,7 +90,7 @@ class Answerer(lmms):
         waiting = {key: request for key, request in zip(keys, requests) if key not in self.answers}
         for key, request in tqdm(waiting.items(), desc="reading", unit="question", disable=not waiting):
             ids, pictures = self.read(request)
-            seen = sum(picture_tokens(model.config, *p.size, len(pictures) > 1) - 1 for p in pictures)
+            seen = sum(picture_tokens(model.config, *p.size, len(pictures) > 1)[0] - 1 for p in pictures)
             lengths[key] = len(ids) + seen
         order = sorted(waiting, key=lambda key: (key[-1], -lengths[key]))  # key[-1]: max_new_tokens, one in a batch
         with tqdm(total=len(self.asked), initial=len(self.asked) - len(order), desc="answers", unit="question") as bar:

@@ -160,8 +160,8 @@ class Cached:
             raise InputError(f"{args.work} holds levels of another {wrong[0]}: give another --work")
         self.levels, self.chosen, self.grids = facts["key"]["levels"], facts["rows"], facts["grids"]
         self.rows = train.Rows(args.data, split, config)
-        self.lengths, self.supervised, self.kinds = ([getattr(self.rows, name)[i] for i in self.chosen]
-                                                     for name in ("lengths", "supervised", "kinds"))
+        self.costs, self.supervised, self.kinds = ([getattr(self.rows, name)[i] for i in self.chosen]
+                                                   for name in ("lengths", "supervised", "kinds"))
         self.shape = (len(self.levels), config.vision.side**2, config.vision.hidden_size)
         self.crops = [1 + 4 * (grid == 2) for grid in self.grids]
         self.starts = [0, *itertools.accumulate(self.crops)]

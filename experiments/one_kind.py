@@ -59,7 +59,7 @@ def score(model, kind, data, splits):
     for split in splits:
         rows = train.Rows(data, split, model.config)
         chosen = [i for i, k in enumerate(rows.kinds) if k.removesuffix("-zh") == kind]
-        for field in ("where", "lengths", "supervised", "kinds"):
+        for field in ("where", "lengths", "costs", "supervised", "kinds"):
             setattr(rows, field, [getattr(rows, field)[i] for i in chosen])
         given = train.answers(model, rows, f"{kind}, {split}")
         scores[split] = {"n": len(given), "model": sum(right == answer for _, right, answer, _ in given)}
