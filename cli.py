@@ -1332,6 +1332,8 @@ def load_image(source):
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
+    except MemoryError:
+        raise  # it says nothing about the picture
     except Exception as e:  # a damaged file can raise nearly anything out of a decoder
         name = "" if isinstance(source, (io.BytesIO, Image.Image)) else f"{source}: "
         why = "in no format that Pillow knows" if isinstance(e, UnidentifiedImageError) else first_line(e)

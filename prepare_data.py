@@ -173,7 +173,7 @@ def onevision_items(args):
         from huggingface_hub import HfApi, HfFileSystem, hf_hub_download
 
         there = f"{HUB} (--from DIR takes a copy)"
-        at = reach(there, HfApi().dataset_info, HUB).sha  # one state of it, and no request for a file that is here
+        at = reach(there, HfApi().dataset_info, HUB).sha  # one state in a run, no request for files that are here
         names = reach(there, HfApi().list_repo_files, HUB, repo_type="dataset", revision=at)
         fetch = functools.partial(hf_hub_download, HUB, repo_type="dataset", revision=at)
 
@@ -274,10 +274,13 @@ def write_shard(path: Path, rows, make, kinds: list, encode, bar) -> None:
             return {"where": where, "reason": str(e)}
 
     good, bad = [], []
-    with ThreadPoolExecutor() as threads:  # decoding pictures takes most of the time, and runs beside Python
+    threads = ThreadPoolExecutor()  # decoding pictures takes most of the time, and runs beside Python
+    try:
         for found in threads.map(read, rows):
             bar.update()
             (bad if isinstance(found, dict) else good).append(found)
+    finally:
+        threads.shutdown(cancel_futures=True)  # after Ctrl-C not the whole shard first
     ids, answer, sizes, row_pictures, row_kinds = zip(*good) if good else [()] * 5
     pictures, count = [*chain(*row_pictures)], Counter(row_kinds)
 
@@ -336,9 +339,10 @@ def build(args, source: dict, tokenizer_json: str, splits: dict, kinds: list, ro
                     facts = shard_facts(path)
                 for row in facts["bad"][: max(0, 20 - len(bad))]:
                     bar.write(f"left out: {row['where']}: {row['reason']}", file=sys.stderr)
-                bad += facts.pop("bad")
+                new = facts.pop("bad")
+                bad += new
                 shards.append({"file": path.name, **facts})
-                if bad:
+                if new:
                     cli.write_text(folder / "bad_rows.jsonl", cli.json_lines(bad))
                 if len(bad) > args.max_bad * total:
                     raise InputError(
@@ -371,7 +375,7 @@ def prepare_folder(folder: Path, arguments: dict, overwrite: bool) -> None:
     begun, left = folder / "arguments.json", set(folder.glob(".*.tmp"))  # by a run that was killed as it wrote
     if set(folder.iterdir()) - left and not begun.exists():
         raise InputError(f"{folder} holds files that prepare_data.py did not make: use another --out")
-    old = [folder / "manifest.json", folder / "bad_rows.jsonl", *left]  # written last, so gone first
+    old = [folder / "manifest.json", folder / "bad_rows.jsonl", *left]  # until all is whole again
     if overwrite:
         old += folder.glob("*-?????.safetensors")
     elif cli.read_json(begun, arguments) != arguments:

@@ -3740,8 +3740,9 @@ def test_a_run_goes_on_in_less_memory(few, tmp_path, monkeypatch):
     out = tmp_path / "contrast"
     out.mkdir()
     (out / "state.pt").touch()
-    kept = {"objective": "contrast", "batch_tokens": 60}
-    cli.write_text(out / "train.json", json.dumps({"config": kept}))
+    kept = {"objective": "contrast", "batch_tokens": 60, "checkpointing": False}
+    cli.write_text(out / "train.json", json.dumps({"config": kept, "loss": 1.0}))
+    assert train.earlier_run(out, {**kept, "checkpointing": True})[0]["loss"] == 1  # a finished stage of a recipe
     fails(lambda: train.earlier_run(out, {**kept, "batch_tokens": 61}), "with other settings, batch_tokens=60")
 
 
@@ -3875,7 +3876,7 @@ def test_ranks_end_with_each_other(monkeypatch, capsys):
     statuses = [None, 1]
     with pytest.raises(Stop):
         train.end_without(types.SimpleNamespace(poll=lambda: statuses.pop(0)))
-    assert "another process of this run did not start" in capsys.readouterr().err
+    assert "another process of this run ended" in capsys.readouterr().err
     with monkeypatch.context() as patch:
         patch.setattr(torch.distributed, "is_initialized", lambda: True)
         train.end_without(None)  # they have met
@@ -4643,7 +4644,7 @@ def test_fusion_runs_that_fail_do_not_stop_the_others(tmp_path, monkeypatch, cap
             raise InputError("step 3: loss nan")
         return f"{spec['name']}: 1 min"
 
-    done, specs = [], [{"name": name, "regime": "tuned"} for name in ("killed", "bad", "good")]
+    done, specs = [], [{"name": name, "regime": "tuned", "seed": 0} for name in ("killed", "bad", "good")]
     context = argparse.Namespace(Pipe=multiprocessing.Pipe, Process=Process)
     monkeypatch.setattr(study.multiprocessing, "get_context", lambda kind: context)
     monkeypatch.setattr(study.signal, "signal", lambda *_: None)

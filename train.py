@@ -244,7 +244,7 @@ def picture_tokens(config, width, height, several):
 
 def micro_batches(rows, order, budget):
     """Row numbers of a step -> lists of them, each of at most `budget` tokens and patches (a longer row stands alone);
-    sorted, which keeps the padding of the gates' pooling small."""
+    sorted by cost, which keeps the padding of the gates' pooling small."""
     batches, size = [], 0
     for i in sorted(order, key=lambda i: (rows.costs[i], i)):
         if not batches or size + rows.costs[i] > budget:
@@ -519,7 +519,7 @@ def commit():
 
 
 FREE = ("out", "device", "save_minutes", "eval_every")  # settings that may differ when a run goes on
-FITS = ("batch_tokens", "checkpointing", "shard")  # these too, if answers are learnt: what fits into memory, no more
+FITS = ("checkpointing", "shard", "batch_tokens")  # these too, for memory's sake; the last only if answers are learnt
 
 
 def earlier_run(out, settings):
@@ -529,7 +529,7 @@ def earlier_run(out, settings):
     if not isinstance(facts.get("config"), dict) and any((out / name).exists() for name in model):
         raise InputError(f"{out} holds a model that is no run's of train.py: give another --out")
     # of the data the hash is compared, wherever they lie
-    free = (*FREE, "data", *(FITS if settings["objective"] == "answers" else ()))
+    free = (*FREE, "data", *(FITS if settings["objective"] == "answers" else FITS[:-1]))
     wrong = [f"{k}={v!r}" for k, v in facts.get("config", {}).items() if k not in free and v != settings.get(k)]
     if wrong and any((out / name).exists() for name in ("state.pt", "model.safetensors")):  # else nothing would be lost
         raise InputError(f"{out} holds a run with other settings, {', '.join(wrong)}: give another --out, or delete it")
@@ -628,7 +628,8 @@ def train(cfg):
 
     def load(step):  # this rank's share of a step, ready to be fed, and the supervised tokens of all
         order = rows_of_step(step, usable, cfg)
-        batches = [rows.batch(batch) for batch in share_of_step(rows, order, rank, world, cfg)]
+        with ThreadPoolExecutor() as several:  # so that pictures of all micro-batches are prepared at once
+            batches = list(several.map(rows.batch, share_of_step(rows, order, rank, world, cfg)))
         return batches, len(order) if cfg.objective == "contrast" else sum(rows.supervised[i] for i in order)
 
     saved = time.time()
@@ -903,7 +904,7 @@ def end_without(child):
     while not dist.is_initialized():
         if child.poll():
             time.sleep(5)  # a mistake of both is told meanwhile
-            print("error: another process of this run did not start: the same with --ranks 1 works, or says why",
+            print("error: another process of this run ended: the same with --ranks 1 works, or says why",
                   file=sys.stderr, flush=True)
             os._exit(2)
         time.sleep(0.1)

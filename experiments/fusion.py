@@ -160,6 +160,7 @@ class Cached:
             raise InputError(f"{args.work} holds levels of another {wrong[0]}: give another --work")
         self.levels, self.chosen, self.grids = facts["key"]["levels"], facts["rows"], facts["grids"]
         self.rows = train.Rows(args.data, split, config)
+        # Costs are lengths, as no encoder runs.
         self.costs, self.supervised, self.kinds = ([getattr(self.rows, name)[i] for i in self.chosen]
                                                    for name in ("lengths", "supervised", "kinds"))
         self.shape = (len(self.levels), config.vision.side**2, config.vision.hidden_size)
@@ -328,7 +329,7 @@ def pretrain(args, spec):
 def base_hash(args, spec):
     """Of the model that a run starts from; None from scratch."""
     path = args.work / f"pretrain-{spec['seed']}" / "model.safetensors"
-    return file_hash(path) if spec["regime"] == "tuned" else None
+    return file_hash(path) if spec["regime"] == "tuned" and path.exists() else None
 
 
 def run_one(args, spec):
@@ -460,12 +461,13 @@ def finished(args, spec):
 def execute(args, specs):
     """Work off the missing runs, args.jobs at a time. Raises InputError once all others are done, if some failed."""
     todo = [spec for spec in specs if not finished(args, spec)]
+    bases = {spec["seed"]: base_hash(args, spec) for spec in todo}
     for spec, other in itertools.product(todo, load_results(args)):
         # All runs of a study, of a seed (differences are taken within it), and of a variant have these in common.
         keys = ["data", "rows", "questions", "pretrain_steps"]
         keys += ["encoder", "dtype"] if spec["seed"] == other["spec"]["seed"] else []
         base = other.get("base") if spec["seed"] == other["spec"]["seed"] else None
-        if base and base_hash(args, spec) not in (None, base):
+        if base and bases[spec["seed"]] not in (None, base):
             raise InputError(f"{args.results} holds {other['spec']['name']}, which started from another model than "
                              f"{args.work}/pretrain-{spec['seed']}: leave seed {spec['seed']} out of --seeds")
         same = (spec["regime"], spec["variant"]) == (other["spec"]["regime"], other["spec"]["variant"])

@@ -380,8 +380,8 @@ def report(args):
                                         f"interventions_{v}": f"{VARIANTS[v][0]}: other weights at inference"})
     lines += ["### Where the paper is silent", "", *shown(sweeps_table(answers))]
     put_between_marks(args.page, {"fusion": lines})
-    shown = sum(map(len, answers.runs.values()))
-    print(f"{len(results)} runs, {len(results) - shown} of them at a rate that was not chosen -> {args.readme}, "
+    used = sum(map(len, answers.runs.values()))
+    print(f"{len(results)} runs, {len(results) - used} of them at a rate that was not chosen -> {args.readme}, "
           f"{args.page}")
 
 

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import random
+import threading
 from pathlib import Path
 
 from PIL import Image
@@ -120,6 +121,9 @@ def colours_of(seed: int, key: str, held_out: bool) -> tuple:
     return tuple(order[:2] if held_out else order[2:])
 
 
+LOADING = threading.Lock()  # else the cache lets several threads decode at once
+
+
 @functools.cache
 def load_emoji():
     """-> emoji.json, its concepts by id, and the artists' sheets; decoded once."""
@@ -136,7 +140,8 @@ def open_picture(data: bytes) -> Image.Image:
     if not data.startswith(b"{"):
         return cli.load_image(data)
     recipe = json.loads(data)
-    emoji, concepts, sheets = load_emoji()
+    with LOADING:
+        emoji, concepts, sheets = load_emoji()
     side, n = emoji["cell"], recipe["grid"]
     picture = Image.new("RGB", (n * side, n * side))
     for i, (key, artist, size, x, y, _, colour) in enumerate(recipe["cells"]):
