@@ -194,7 +194,7 @@ class Rows:
             counts = (np.add.reduceat(marked, ends[:-1], dtype=np.int64) - marked[ends[:-1]]).tolist()
             for i, kind in enumerate(shard["kind"].tolist()):
                 start, end, first, last = *ends[i : i + 2], *pictures[i : i + 2]
-                seen = [picture_tokens(config, w, h, last - first > 1) for w, h in sizes[first:last] if not blind]
+                seen = [tokens_and_patches(config, w, h, last - first > 1) for w, h in sizes[first:last] if not blind]
                 self.where.append((shard, start, end, first, last))
                 self.lengths.append(end - start - (last - first) + sum(tokens for tokens, _ in seen))
                 self.costs.append(max(self.lengths[-1], sum(patches for _, patches in seen)))
@@ -231,7 +231,7 @@ def flat_stream(items):
 
 
 @functools.cache
-def picture_tokens(config, width, height, several):
+def tokens_and_patches(config, width, height, several):
     """Visual tokens and patches of a picture of that size, before it is read."""
     size = (width, height)
     try:

@@ -34,7 +34,7 @@ sys.path.insert(0, str(HERE))
 import cli  # noqa: E402
 from cli import IMAGE_TOKEN, InputError, encode_chat, user_content  # noqa: E402
 from sample import add_model_flags, load_model  # noqa: E402
-from train import commit, markdown, picture_tokens  # noqa: E402
+from train import commit, markdown, tokens_and_patches  # noqa: E402
 
 try:
     from lmms_eval.api.model import lmms
@@ -90,7 +90,7 @@ class Answerer(lmms):
         waiting = {key: request for key, request in zip(keys, requests) if key not in self.answers}
         for key, request in tqdm(waiting.items(), desc="reading", unit="question", disable=not waiting):
             ids, pictures = self.read(request)
-            seen = sum(picture_tokens(model.config, *p.size, len(pictures) > 1)[0] - 1 for p in pictures)
+            seen = sum(tokens_and_patches(model.config, *p.size, len(pictures) > 1)[0] - 1 for p in pictures)
             lengths[key] = len(ids) + seen
         order = sorted(waiting, key=lambda key: (key[-1], -lengths[key]))  # key[-1]: max_new_tokens, one in a batch
         with tqdm(total=len(self.asked), initial=len(self.asked) - len(order), desc="answers", unit="question") as bar:
