@@ -327,15 +327,16 @@ def main():
             raise InputError(f"{path}: cannot be written: " + ("not a file" if path.exists() else "no such folder"))
     questions = read_questions(args.batch) if args.batch else []
     demo = args.prompt is None and args.model == NANO and not args.image
-    if args.prompt is None and not (args.batch or demo or sys.stdin.isatty()):
+    spoken = args.prompt is None and not (args.batch or demo)  # what is asked comes through standard input
+    if spoken and sys.stdin.isatty() and (args.gates or args.json):
+        raise InputError("--json and --gates PNG need a --prompt; a chat shows W with plain --gates")
+    if spoken and not sys.stdin.isatty():
         try:
             args.prompt = sys.stdin.read().strip()
         except UnicodeDecodeError as e:
             raise InputError(f"standard input is not text: {e}") from e
         if not args.prompt:
             raise InputError("no question: give --prompt, or write it to standard input")
-    elif args.prompt is None and not (args.batch or demo) and (args.gates or args.json):
-        raise InputError("--json and --gates PNG need a --prompt; a chat shows W with plain --gates")
     model = load_model(args)
     if args.batch:
         if failed := batch(model, questions, args):

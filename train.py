@@ -180,8 +180,6 @@ class Rows:
     def __init__(self, folder, split, config, blind=False):
         self.config, self.blind = config, blind
         self.where, self.lengths, self.costs, self.supervised, self.kinds = [], [], [], [], []  # of each row
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        self.threads = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // ranks))  # for pictures
         manifest = read_manifest(folder, split)
         for file in (Path(folder) / facts["file"] for facts in manifest["splits"][split]["shards"]):
             try:
@@ -217,9 +215,8 @@ class Rows:
     def batch(self, rows):
         """Row numbers -> arguments of CLI.forward: tokens, pictures, seqlens, labels and context of one flat stream."""
         items = [self[i] for i in rows]
-        data = [(picture, len(ps) > 1) for *_, ps in items for picture in ps]
-        pictures = self.threads.map(lambda x: cli.prepare_image(open_picture(x[0]), self.config, x[1]), data)
-        return {**flat_stream(items), "pictures": list(pictures)}
+        pictures = [cli.prepare_image(open_picture(p), self.config, len(ps) > 1) for *_, ps in items for p in ps]
+        return {**flat_stream(items), "pictures": pictures}
 
 
 def flat_stream(items):
@@ -628,12 +625,13 @@ def train(cfg):
 
     def load(step):  # this rank's share of a step, ready to be fed, and the supervised tokens of all
         order = rows_of_step(step, usable, cfg)
-        with ThreadPoolExecutor() as several:  # so that pictures of all micro-batches are prepared at once
-            batches = list(several.map(rows.batch, share_of_step(rows, order, rank, world, cfg)))
+        batches = list(threads.map(rows.batch, share_of_step(rows, order, rank, world, cfg)))
         return batches, len(order) if cfg.objective == "contrast" else sum(rows.supervised[i] for i in order)
 
     saved = time.time()
-    with ThreadPoolExecutor(1) as ahead:  # the next step's pictures are prepared while this one is computed
+    cores = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    # The next step's pictures are prepared while this one is computed, those of its micro-batches at once.
+    with ThreadPoolExecutor(1) as ahead, ThreadPoolExecutor(cores) as threads:
         following = ahead.submit(load, start)
         for step in range(start + 1, steps + 1):
             began = time.time()
