@@ -40,6 +40,7 @@ import math
 import os
 import pickle
 import re
+import struct
 import sys
 import warnings
 import zipfile
@@ -213,7 +214,12 @@ class Config:
             S = v.image_size
             canvases = self.grid_pinpoints or tuple((w * S, h * S) for w in range(1, 7) for h in range(1, 7))
             object.__setattr__(self, "grid_pinpoints", canvases)
-            if any(len(canvas) != 2 or min(canvas) < S or canvas[0] % S or canvas[1] % S for canvas in canvases):
+            if not 1 <= v.patch_size <= S:
+                raise InputError(f"patch_size {v.patch_size} in crops of {S} pixels")
+            colours = (v.image_mean, v.image_std)
+            if any(len(x) != 3 or not all(map(math.isfinite, x)) for x in colours) or 0 in v.image_std:
+                raise InputError(f"image_mean and image_std {colours}: expected three numbers each")
+            if any(len(x) != 2 or {*map(type, x)} != {int} or min(x) < S or x[0] % S or x[1] % S for x in canvases):
                 raise InputError(f"grid_pinpoints {canvases}: expected pairs of multiples of a crop's {S} pixels")
         depth, levels = d.num_hidden_layers, v.num_hidden_layers if v else -1
         for l, ks in self.fusion.routes:
@@ -512,7 +518,7 @@ def kept_area(size, grid, side, max_tiles):
 
 
 def visual_tokens(picture, config):
-    """How many tokens of the stream a picture takes: 757 to 8,765 for LLaVA-OneVision's anyres_max_9."""
+    """How many tokens of the stream a picture takes: in LLaVA-OneVision 757 to 8,765, among several pictures 730."""
     if not picture.grid:
         return config.vision.side**2 + config.newline
     _, (h, w) = kept_area(picture.size, picture.grid, config.vision.side, config.max_tiles)
@@ -839,7 +845,7 @@ class CLI(nn.Module):
         """Decode a batch; yields a list of B ids per step, None for a sequence that is over (stop ids are not yielded).
 
         prompts: list of B id lists; images: list of B lists of PIL images or Pictures; temperature 0 is greedy;
-        top_k 0 and top_p 1 keep every token; repetition_penalty divides the scores of ids generated so far (None: the
+        top_k 0 and top_p 1 keep every token; repetition_penalty lowers the scores of ids generated so far (None: the
         checkpoint's). cache: a KVCache to continue (a chat: one prompt); afterwards it holds everything that was fed.
         Raises InputError for an empty prompt, an unknown id, or pictures that do not match their places.
         """
@@ -898,7 +904,7 @@ class CLI(nn.Module):
             else:
                 by_width = re.match(r"image_newline|agf\..*in_proj|amp\..*\.A\.", name)
                 std = 1 / math.sqrt(p.shape[-1]) if by_width else 0.02
-                p.copy_(torch.randn(p.shape, generator=generator) * std)
+                p.copy_(torch.randn(p.shape, generator=generator).mul_(std))
         if self.config.fusion.projector == "full" and "amp".startswith(tuple(prefixes)):
             for mlp in self.amp.values():
                 mlp.load_state_dict(self.projector.state_dict())
@@ -913,7 +919,7 @@ class CLI(nn.Module):
         fusion: a preset's name, fusion_fields what fusion_preset takes beside it, or a FusionConfig: for a checkpoint
         without CLI's own tensors, which start fresh (seed).
         dtype: None keeps what is stored. key_map: JSON file or dict with "patterns": [[regex, replacement], ...] for
-        names we do not know, and optionally "decoder_layers", "vision_levels", "lora_alpha" (see README).
+        names we do not know, and optionally "decoder_layers", "vision_levels" and fields of FusionConfig (see README).
         Raises InputError, for weights that do not fit with every missing, unexpected and misshapen key at once.
         """
         folder = fetch(source)
@@ -923,7 +929,7 @@ class CLI(nn.Module):
         if not any("patch_embedding" in name for name in tensors):
             vision = vision or raw.get("mm_vision_tower")
         if vision:
-            beside = fetch(vision)
+            beside = fetch(str(vision))
             tower = read_json(beside / "config.json")
             tensors |= {"vision_model." + name.removeprefix("vision_model."): tensor
                         for name, tensor in read_weights(beside).items()}
@@ -933,7 +939,7 @@ class CLI(nn.Module):
         except InputError:
             raise
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, re.error) as e:
-            raise InputError(f"{source}: malformed config.json or key map: {type(e).__name__}: {e}") from e
+            raise InputError(f"{source}: malformed config.json, key map or shapes: {type(e).__name__}: {e}") from e
         if isinstance(fusion, str):
             if fusion != "none" and not config.vision:
                 raise InputError(f"{source} has no vision encoder, which a fusion needs: name one with vision")
@@ -1114,7 +1120,8 @@ def find_fusion(names, shapes, D, Dv, key_map):
     """Routes, rank, gate and sharing from the AMP and AGF tensors of a checkpoint that is not ours -> FusionConfig.
 
     Completes `names`: tensors under names we do not know (the released CLI checkpoints') are guessed by shape; then
-    places in a list become layers, levels become places. Raises InputError where the numbers do not tell.
+    places in a list become layers, levels become places. What no tensor tells (alpha, heads, order, norms) is the key
+    map's to say, by FusionConfig's names. Raises InputError where the numbers do not tell.
     """
     for name, ours in names.items():
         if not re.match(BASE, ours):
@@ -1148,13 +1155,13 @@ def find_fusion(names, shapes, D, Dv, key_map):
     rank = next((shapes[name][0] for name, (_, _, rest) in found.items() if rest.startswith("A.")), 0)
     gate = next((math.prod(shapes[name]) for name, (_, _, rest) in found.items() if rest == "gate.weight"), 0)
     gate //= 2 * D  # rows, also of a single one stored flat
+    told = {k: v for k, v in key_map.items() if k not in ("patterns", "decoder_layers", "vision_levels")}
     return build(FusionConfig, dict(
-        routes=[(l, tuple(levels.values())) for l in layers.values()], lora_rank=rank or 128,
-        lora_alpha=key_map.get("lora_alpha", 2 * rank),
+        routes=[(l, tuple(levels.values())) for l in layers.values()], lora_rank=rank or 128, lora_alpha=2 * rank,
         lora_per="pair" if any(l and k for l, k, _ in found.values()) else "level",
         projector="lora" if rank else "full" if any(k for _, k, _ in found.values()) else "shared",
         gate="none" if not gate else "scalar" if gate == 1 else "vector",
-        agf_attention="split" if any(rest.startswith("attn_h.") for _, _, rest in found.values()) else "shared"))
+        agf_attention="split" if any(rest.startswith("attn_h.") for _, _, rest in found.values()) else "shared") | told)
 
 
 def guess(name, shape, D, Dv):
@@ -1196,7 +1203,7 @@ def map_keys(names, shapes, model):
         else:
             mapping[ours] = name
             want = expected[whole] if whole == ours else (expected[whole][0] // 3, *expected[whole][1:])
-            if [n for n in shape if n > 1] != [n for n in want if n > 1]:
+            if [n for n in shape if n != 1] != [n for n in want if n != 1]:
                 problems["misshapen"].append(f"{name} {list(shape)} instead of {list(want)}")
     have = {name for name in expected if name in mapping or all(f"{name}[{i}]" in mapping for i in range(3))}
     groups = [("amp.", "agf.")]
@@ -1267,8 +1274,8 @@ def read_weights(folder):
     paths, tensors = [found], {}
     if found.suffix == ".json":
         files = read_json(found).get("weight_map")
-        if not (isinstance(files, dict) and files and all(isinstance(file, str) for file in files.values())):
-            raise InputError(f"{found}: expected a weight_map of names to files")
+        if not (isinstance(files, dict) and files and all(Path(str(file)).name == file for file in files.values())):
+            raise InputError(f"{found}: expected a weight_map of names to files beside it")
         paths = sorted({folder / file for file in files.values()})
     try:
         for path in paths:
@@ -1325,7 +1332,11 @@ def load_image(source):
             raise ValueError(f"{image.width} x {image.height} pixels, more than the limit of {MAX_PIXELS:,}")
         if image.mode == "F":
             raise ValueError("its pixels are floating-point numbers, and nothing says which of them is white")
-        image = ImageOps.exif_transpose(image)
+        if image.format == "EPS":
+            raise ValueError("PostScript, a program that Pillow would have run")
+        image.load()  # raises what is wrong with the picture; below it can only be the EXIF block, which others ignore
+        with contextlib.suppress(LookupError, OSError, SyntaxError, TypeError, ValueError, struct.error):
+            image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):
             image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).round().astype(np.uint8))
         if image.has_transparency_data:
@@ -1537,7 +1548,7 @@ def pick_dtype(name, device):
 
 
 def peak_memory(device):
-    """GiB: what CUDA allocated at most, elsewhere the largest resident size of this process; nan where nobody says."""
+    """GiB: what CUDA allocated at most, elsewhere the largest resident size of this process; 0 where nobody says."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     with contextlib.suppress(OSError):  # Linux, whose getrusage starts at the size of the parent process
@@ -1546,7 +1557,7 @@ def peak_memory(device):
     try:
         import resource
     except ImportError:
-        return math.nan
+        return 0.0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
@@ -1573,12 +1584,15 @@ def run_program(main):
     try:
         main()
         sys.stdout.flush()  # here, where what goes wrong can be told: not at exit
-    except BrokenPipeError:  # whoever read our output has left: nobody to tell, at exit either
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     except (InputError, OSError) as e:  # an OSError says what is wrong, most name their file
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+        left = isinstance(e, BrokenPipeError)  # whoever read our output: nobody to tell
+        if not left:
+            print(f"error: {e}", file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:  # nor may it be tried again at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1 if left else 2)
     except (MemoryError, RuntimeError) as e:
         if not re.search(r"MemoryError|out of memory|not enough memory|allocate memory", f"{type(e).__name__}: {e}"):
             raise

@@ -119,7 +119,7 @@ def llava_row(raw, folder) -> dict:
         try:
             pictures.append((folder / name).read_bytes())
         except (OSError, TypeError, ValueError) as e:
-            raise InputError(f"picture {name!r}: {cli.first_line(e)}") from e
+            raise InputError(f"picture {name!r:.200}: {cli.first_line(e)}") from e
     return {"turns": turns, "pictures": pictures, "drawn": False, "kind": PICTURES[min(len(pictures), 2)]}
 
 
@@ -238,8 +238,9 @@ def onevision_rows(items: list, fetch):
 
 def onevision_row(record: dict) -> dict:
     image = record.get("image")
-    turns, pictures = read_conversation(record | {"image": image["bytes"] if isinstance(image, dict) else image})
-    if not all(isinstance(picture, bytes) for picture in pictures):
+    image = image.get("bytes") or b"" if isinstance(image, dict) else image
+    turns, pictures = read_conversation(record | {"image": image})
+    if image == b"" or not all(isinstance(picture, bytes) for picture in pictures):
         raise InputError("a picture without bytes")
     return {"turns": turns, "pictures": pictures, "drawn": False, "kind": record["subset"]}
 
@@ -372,7 +373,7 @@ def shard_facts(path: Path) -> dict:
 def prepare_folder(folder: Path, arguments: dict, overwrite: bool) -> None:
     """Make the folder, or take up the work in it if it was begun with the same arguments."""
     folder.mkdir(parents=True, exist_ok=True)
-    begun, left = folder / "arguments.json", set(folder.glob(".*.tmp"))  # by a run that was killed as it wrote
+    begun, left = folder / "arguments.json", set(folder.glob(".*.[0-9]*.tmp"))  # by a run that was killed as it wrote
     if set(folder.iterdir()) - left and not begun.exists():
         raise InputError(f"{folder} holds files that prepare_data.py did not make: use another --out")
     old = [folder / "manifest.json", folder / "bad_rows.jsonl", *left]  # until all is whole again

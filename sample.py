@@ -144,7 +144,7 @@ def ask(model, args, questions):
         if args.json:
             result = {"model": str(args.model), "images": [str(p) for p in paths], "prompt": prompt, "answer": text,
                       **facts, "peak_memory_gib": round(cli.peak_memory(model.device), 3)}
-            print(json.dumps(result, ensure_ascii=False))
+            print(json.dumps(result, ensure_ascii=sys.stdout.encoding.lower() != "utf-8"))
         else:
             report(facts, args, model.device)
         pages.append((prompt, facts["gates"]))
@@ -250,10 +250,12 @@ def batch(model, questions, args):
             raise InputError(f"{out} exists and does not hold answers of {args.model} to {args.batch}, asked with the "
                              "same options: choose another --out") from None
         say(f"{sum('answer' in d for d in done)} of {len(questions)} were answered before")
-        for n in [n for n, d in enumerate(done) if "error" in d]:
+        again = [n for n, d in enumerate(done) if "error" in d]
+        for n in again:
             done[n] = questions[n]
             answer_rows(model, [done[n]], args, n)
-        cli.write_text(out, cli.json_lines(done))
+        if again or half:
+            cli.write_text(out, cli.json_lines(done))
     failed = sum("error" in d for d in done)
     with open(out, "ab") as file, tqdm(total=len(questions), initial=len(done)) as bar:
         for start in range(len(done), len(questions), args.batch_size):

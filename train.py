@@ -13,7 +13,7 @@ fusion, where the fields given replace the recipe's one by one. The defaults bel
 A run that was killed goes on from its last checkpoint when the same command is given again: on a CPU with the same
 losses to the last bit. Its folder: train.json (the settings; at the end the loss too), state.pt (weights, optimiser,
 position; at the end replaced by the model) and log.jsonl, a line a step: loss, AdamW's highest learning rate, norm of
-the gradient, mean W of each injected layer, tokens/s, share of the GPU's peak FLOP/s (0: not known), GiB, seconds.
+the gradient, mean W of each injected layer, tokens/s, MFU (0: not known), GiB, seconds.
 """
 
 import argparse
@@ -167,6 +167,8 @@ def read_manifest(folder, split):
     manifest = cli.read_json(Path(folder) / "manifest.json", {})
     if not manifest.get("splits"):
         raise InputError(f"{folder}: no manifest.json with splits: make the data with prepare_data.py first")
+    if manifest.get("format") != 1:  # prepare_data.FORMAT
+        raise InputError(f"{folder}: shards of format {manifest.get('format')}, expected 1: make the data again")
     if split not in manifest["splits"]:
         raise InputError(f"{folder} has no split {split!r}, only {', '.join(manifest['splits'])}")
     return manifest
@@ -288,13 +290,14 @@ def build_model(cfg, manifest):
                                     quiet=dist.is_initialized() and dist.get_rank() > 0)
         if not model.vision:
             raise InputError(f"{cfg.init_from} has no vision encoder: name one with --vision")
-        check_tokenizer(model, cfg.init_from, cfg.data, manifest)
+        check_tokenizer(model.tokenizer, cfg.init_from, cfg.data, manifest)
         if model.config.template != manifest["template"]:  # it learns the one of the data, and where that ends answers
             end = model.tokenizer.id(cli.TEMPLATES[manifest["template"]][3])
             stops = tuple({*model.config.eos_token_ids, end})
             model.config = dataclasses.replace(model.config, template=manifest["template"], eos_token_ids=stops)
         return model
-    tokenizer = cli.Tokenizer((Path(cfg.data) / "tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer = cli.Tokenizer.from_folder(cfg.data)
+    check_tokenizer(tokenizer, cfg.data, cfg.data, manifest)
     try:
         vision = cli.build(VisionConfig, cfg.model["vision"])
         decoder = cli.build(DecoderConfig, {**cfg.model["decoder"], "vocab_size": len(tokenizer)})
@@ -316,11 +319,11 @@ def make_fusion(cfg, depth, levels):
         raise InputError(f"settings fusion and fusion_fields: {e}") from e
 
 
-def check_tokenizer(model, source, data, manifest):
-    """Raises InputError for data that were made with another tokenizer.json than the model's."""
-    if model.tokenizer is None:
+def check_tokenizer(tokenizer, source, data, manifest):
+    """Raises InputError for data that were made with another tokenizer.json than that of `source`."""
+    if tokenizer is None:
         raise InputError(f"{source} has no tokenizer.json: put the one of the decoder's family beside the weights")
-    if sha256(model.tokenizer.json) != manifest["tokenizer_sha256"]:
+    if sha256(tokenizer.json) != manifest["tokenizer_sha256"]:
         raise InputError(f"{data} was made with another tokenizer than {source} has: make the data with "
                          f"--tokenizer {source}")
 
@@ -522,9 +525,9 @@ FITS = ("checkpointing", "shard", "batch_tokens")  # these too, for memory's sak
 def earlier_run(out, settings):
     """What a run of the same settings left in its folder -> (its train.json, its checkpoint), {} for none."""
     facts, state = cli.read_json(out / "train.json", {}), {}
-    model = ("train.json", "config.json", "model.safetensors")
-    if not isinstance(facts.get("config"), dict) and any((out / name).exists() for name in model):
-        raise InputError(f"{out} holds a model that is no run's of train.py: give another --out")
+    ours = ("train.json", "log.jsonl", "config.json", "model.safetensors", "tokenizer.json")
+    if not isinstance(facts.get("config"), dict) and any((out / name).exists() for name in ours):
+        raise InputError(f"{out} holds a model or log that is no run's of train.py: give another --out")
     # of the data the hash is compared, wherever they lie
     free = (*FREE, "data", *(FITS if settings["objective"] == "answers" else FITS[:-1]))
     wrong = [f"{k}={v!r}" for k, v in facts.get("config", {}).items() if k not in free and v != settings.get(k)]
@@ -596,7 +599,7 @@ def train(cfg):
         say(f"going on after step {start}")
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        for path in out.glob(".*.tmp"):  # left by a run that was killed while it saved
+        for path in out.glob(".*.[0-9]*.tmp"):  # left by a run that was killed while it saved
             path.unlink()
         facts = {"config": settings, "commit": commit(), "torch": torch.__version__, "device": str(device),
                  "steps": steps, "dtype": str(dtype)[6:]}
@@ -641,7 +644,7 @@ def train(cfg):
             loss, norm, gates, fed = take_step(model, optimizers, batches, total, step, steps, cfg, autocast)
             took = time.time() - began
             seconds += took
-            # lr is AdamW's highest, mfu the share of the GPU's peak FLOP/s
+            # lr is AdamW's highest; mfu: about what share of the GPU's peak 6 x parameters x tokens make
             line = {"step": step, "loss": loss, "lr": max(group["lr"] for group in optimizers[0].param_groups),
                     "norm": norm, "gates": gates, "tokens_per_s": round(fed * world / took),
                     "mfu": matrix_flops * fed / took / peak if peak else 0.0, "gib": cli.peak_memory(device),
@@ -767,7 +770,7 @@ def evaluate(source, blind_source, data, readme=None, device="auto", limit=0):
     for who, path in (("model", source), ("blind", blind_source)):
         if path:
             models[who] = CLI.from_pretrained(path, device=device, dtype="float32", quiet=True)
-            check_tokenizer(models[who], path, data, manifest)
+            check_tokenizer(models[who].tokenizer, path, data, manifest)
     model = models["model"]
     if not model.vision:
         raise InputError(f"{source} has no vision encoder")

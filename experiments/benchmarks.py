@@ -160,6 +160,8 @@ def write_lines(path, lines):
 def open_run(out, settings):
     """-> ({key: answer}, [results]) of an earlier run in this folder. Raises InputError if it was another model's."""
     out.mkdir(parents=True, exist_ok=True)
+    if not (out / "run.json").exists() and any((out / name).exists() for name in ("answers.jsonl", "results.jsonl")):
+        raise InputError(f"{out} holds answers or results that are not of this program: choose another --out")
     before = cli.read_json(out / "run.json", settings)
     if wrong := [f"{name} {before.get(name)}" for name in ("weights", "dtype") if before.get(name) != settings[name]]:
         raise InputError(f"{out} holds the answers of another model ({', '.join(wrong)}): choose another --out")

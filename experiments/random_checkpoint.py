@@ -256,7 +256,7 @@ def save(path, tensors):
 
 def begin(out):
     """An empty folder beside `out`, to be renamed to it once it is complete -> its path"""
-    partial = out.with_name(out.name + ".partial")
+    partial = out.with_name(f".{out.name}.partial")
     if partial.exists():
         shutil.rmtree(partial)  # what an interrupted run left
     partial.mkdir(parents=True)
