@@ -1580,7 +1580,8 @@ def run_program(main):
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by whoever started us
             setattr(sys, name, open(os.devnull, mode))
-    sys.stdout.reconfigure(errors="backslashreplace")  # text that its encoding cannot hold, as standard error does
+    with contextlib.suppress(AttributeError):  # IDLE and notebooks have streams of their own
+        sys.stdout.reconfigure(errors="backslashreplace")  # text that its encoding cannot hold, as standard error does
     try:
         main()
         sys.stdout.flush()  # here, where what goes wrong can be told: not at exit

@@ -144,7 +144,7 @@ def ask(model, args, questions):
         if args.json:
             result = {"model": str(args.model), "images": [str(p) for p in paths], "prompt": prompt, "answer": text,
                       **facts, "peak_memory_gib": round(cli.peak_memory(model.device), 3)}
-            print(json.dumps(result, ensure_ascii=sys.stdout.encoding.lower() != "utf-8"))
+            print(json.dumps(result, ensure_ascii=str(sys.stdout.encoding).lower() != "utf-8"))
         else:
             report(facts, args, model.device)
         pages.append((prompt, facts["gates"]))

@@ -777,7 +777,7 @@ def evaluate(source, blind_source, data, readme=None, device="auto", limit=0):
     trained = json.dumps(cli.read_json(Path(source) / "train.json", {}))
     out = Path(source)
     if sha256(json.dumps(manifest)) not in trained:
-        out = Path("out/eval", "-".join(Path(os.path.abspath(source)).parts[-2:]), manifest["name"])
+        out = Path("out/eval", "-".join(Path(os.path.abspath(source)).parts[1:][-2:]), manifest["name"])
     out.mkdir(parents=True, exist_ok=True)
     most = {kind: model.tokenizer.decode(ids).strip()
             for kind, ids in majority(Rows(data, "train", model.config, blind=True)).items()}
@@ -921,7 +921,7 @@ def main():
     usual = 1 if os.name == "nt" else min(cores, 2)  # on Windows gloo does not find its way with every PyTorch
     if "RANK" not in os.environ and kind == "cpu" and (ranks := args.ranks or usual) > 1:
         start_ranks(ranks)
-    if "RANK_0" in os.environ:
+    if "RANK_0" in os.environ and os.name != "nt":  # in a Windows environment a launcher stands between
         threading.Thread(target=end_with, args=[int(os.environ["RANK_0"])], daemon=True).start()
     if "RANK" in os.environ:  # or started by torchrun
         if kind not in ("cpu", "cuda") or kind == "cuda" and not dist.is_nccl_available():
