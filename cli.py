@@ -319,13 +319,15 @@ def rotate(x, cos, sin):  # (T, H, hd) -> (T, H, hd); "rotate half": channel i t
 def attention(q, k, v, causal=False):
     """softmax(q k^T / sqrt(hd)) v: q (B, H, T, hd), k and v (B, K, T, hd) -> (B, H, T, hd)."""
     T = q.shape[2]
-    blocks_pay = T <= 1024 if torch.is_grad_enabled() else q.dtype == torch.bfloat16
+    blocks_pay = T <= 1024 if torch.is_grad_enabled() else q.dtype == torch.bfloat16 and not causal
     if q.device.type != "cpu" or not blocks_pay or q.dtype == torch.bfloat16 and not CPU_BFLOAT16:
         if q.shape[1] != k.shape[1]:  # without flash, CUDA's only kernel for enable_gqa makes all T x T scores
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     # On a CPU spelled out, 128 queries at a time, whose scores stay in the processor's cache: where that was measured,
     # the fused kernel's forward pass in bfloat16 took twice as long, its backward pass in float32 up to seven times.
+    # A decoder's prompt goes to the fused kernel all the same, which keeps bfloat16's scores in float32: Qwen2's keys
+    # have biases too large for less (Qwen2-7B's perplexity is 8.00 then instead of 7.13: transformers PR 33317).
     q, k, v, blocks = q / math.sqrt(q.shape[-1]), k.contiguous(), v.contiguous(), []
     q = q.unflatten(1, (k.shape[1], -1))  # (B, K, H/K, T, hd)
     for start, rows in zip(range(0, T, 128), q.split(128, 3)):
@@ -653,13 +655,14 @@ class AGF(nn.Module):
         self.gate = nn.Linear(2 * D, D if cfg.gate == "vector" else 1)
 
     def forward(self, v_hat, h, stream):
-        """v_hat, h (T, D) -> W float[B, 1] in [0, 1], one per sequence, or float[B, D] with gate="vector"."""
+        """v_hat, h (T, D) -> W float32[B, 1] in [0, 1], one per sequence, or float32[B, D] with gate="vector"."""
         if self.cfg.agf_norm:
             v_hat, h = (F.rms_norm(x, x.shape[-1:], eps=1e-6) for x in (v_hat, h))
         v_hat, visual, h, context = (by_sequence(x, stream.seqlens) for x in (v_hat, stream.visual, h, stream.context))
         v_att = read(self.attn, self.query_v, v_hat, visual)  # eq. 6
         h_att = read(self.attn_h or self.attn, self.query_h, h, context)  # eq. 7
-        return torch.sigmoid(self.gate(torch.cat([v_att, h_att], dim=-1)))  # eq. 8
+        # Eq. 8, in float32: in bfloat16 W is 1 from 0.998 on, where a gate would have no gradient left.
+        return torch.sigmoid(self.gate(torch.cat([v_att, h_att], dim=-1)).float())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -769,17 +772,18 @@ class CLI(nn.Module):
 
     def inject(self, l, levels, v_hat, stream, gates, h):
         """Let the levels of decoder layer l's route into h (T, D), in turn; their weights W go to gates[l]."""
-        before, weights = h, []
+        new, weights = h.float(), []  # summed in float32: bfloat16 would round what small weights let in away
         for j, k in enumerate(levels):
             v = v_hat(l, j, k)
-            W = h.new_ones(len(stream.seqlens), 1)
+            W = new.new_ones(len(stream.seqlens), 1)
             if str(l) in self.agf:
-                W = self.agf[str(l)](v, h if self.config.fusion.agf_order == "sequential" else before, stream)
+                seen = new.to(h.dtype) if self.config.fusion.agf_order == "sequential" else h
+                W = self.agf[str(l)](v, seen, stream)
             # Eq. 9: v is zero at text positions. W in float32, in which the backward pass sums over the tokens.
-            h = h + W.float().repeat_interleave(stream.lens, 0, output_size=len(h)).to(v.dtype) * v
-            weights.append(W.detach().float().mean(-1))
+            new = new + W.repeat_interleave(stream.lens, 0, output_size=len(h)).to(v.dtype) * v
+            weights.append(W.detach().mean(-1))
         gates[l] = torch.stack(weights, -1)  # (B, levels)
-        return h
+        return new.to(h.dtype)
 
     def forward(self, tokens, pictures=(), seqlens=None, context=None, cache=None, select=None, labels=None):
         """A flat stream of prompts to logits or to a loss (eq. 3).

@@ -1098,10 +1098,10 @@ def test_levels_are_freed_with_the_last_injection(inject_at, monkeypatch):
     assert crops == [8, 5], "without gradients a few crops at a time"
 
 
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("dtype, tolerance, causal", [(torch.float32, 1e-5, True), (torch.float32, 1e-5, False),
+                                                      (torch.bfloat16, 2e-2, False)])
 def test_attention_in_blocks_equals_the_fused_kernel(dtype, tolerance, causal, monkeypatch):
-    """On a CPU: training in float32 and, where it computes in it, inference in bfloat16 take 128 queries at a time."""
+    """On a CPU: training in float32 and, where it computes in it, pictures in bfloat16 take 128 queries at a time."""
     monkeypatch.setattr(cli, "CPU_BFLOAT16", True)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, heads, 300, 16, generator=generator).to(dtype) for heads in (6, 2, 2))
@@ -1110,6 +1110,38 @@ def test_attention_in_blocks_equals_the_fused_kernel(dtype, tolerance, causal, m
     with torch.set_grad_enabled(dtype == torch.float32):
         ours = cli.attention(q, k, v, causal)
     assert closeness(ours.double(), reference) < tolerance
+
+
+def test_a_prompt_keeps_its_scores_in_float32(monkeypatch):
+    """Large biases of keys, as Qwen2 has them, put all scores near -120, where bfloat16 counts in halves."""
+    monkeypatch.setattr(cli, "CPU_BFLOAT16", True)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 300, 16, generator=generator) for heads in (6, 2, 2))
+    q[..., 0], k[..., 0] = 4, -120
+    half = [x.bfloat16() for x in (q, k, v)]
+    reference = F.scaled_dot_product_attention(*(x.double() for x in half), is_causal=True, enable_gqa=True)
+    with torch.no_grad():
+        assert closeness(cli.attention(*half, causal=True).double(), reference) < 2e-2
+
+
+def test_gates_and_injections_in_bfloat16():
+    """What bfloat16 would lose: the gradient of a gate that is open, and small weights beside a large stream."""
+    agf = cli.AGF(FusionConfig(gate="scalar"), 16, 2)
+    agf.gate.weight.data.zero_()
+    agf.gate.bias.data.fill_(7)
+    stream = types.SimpleNamespace(seqlens=[6], visual=torch.arange(6) < 4, context=torch.arange(6) > 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        W = agf(torch.randn(6, 16), torch.randn(6, 16), stream)
+    W.sum().backward()
+    assert W.dtype == torch.float32 and agf.gate.bias.grad.item() == pytest.approx(9.1e-4, rel=0.1)  # at 7
+
+    generator = torch.Generator().manual_seed(0)
+    h, v = (scale * torch.randn(600, 16, generator=generator).bfloat16() for scale in (20, 1))
+    owner = types.SimpleNamespace(agf={"0": lambda *_: torch.full((1, 1), 0.018)}, config=tiny_config(preset("cli")))
+    stream = types.SimpleNamespace(seqlens=[600], lens=torch.tensor([600]))
+    new = CLI.inject(owner, 0, range(13), lambda *_: v, stream, {}, h)
+    let_in = (new.double() - h.double()) * v.double()
+    assert new.dtype == torch.bfloat16 and let_in.sum() / v.double().pow(2).sum() == pytest.approx(13 * 0.018, rel=0.1)
 
 
 class AsOnCuda(torch.Tensor):
