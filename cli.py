@@ -491,8 +491,9 @@ def make_projector(Dv, D):
 
 @dataclass
 class Picture:
-    """A prepared picture: crops float32[n, 3, S, S] (the whole picture first, then tiles row by row), the original
-    size (W, H) in pixels, and the grid of tiles (gw, gh); grid None means one crop and no tiles."""
+    """A prepared picture: crops float32[n, 3, S, S] (the whole picture first, then tiles row by row; one alone, where
+    the only tile is the whole picture again), the original size (W, H) in pixels, and the grid of tiles (gw, gh), or
+    None: one crop and no tiles."""
 
     crops: torch.Tensor
     size: tuple
@@ -527,6 +528,12 @@ def visual_tokens(picture, config):
     return config.vision.side**2 + h * (w + config.newline)
 
 
+def count_crops(size, grid):
+    """How many crops of a picture (W, H) are encoded: the whole and its tiles, or what both are, if it is square and
+    has one tile."""
+    return 1 if not grid or grid == (1, 1) and size[0] == size[1] else 1 + grid[0] * grid[1]
+
+
 def stream_length(ids, pictures, config):
     """Positions that a prompt takes in the stream, where its placeholders are its pictures' visual tokens."""
     return len(ids) + sum(visual_tokens(p, config) - 1 for p in pictures)
@@ -540,7 +547,7 @@ def pack_picture(x, newline, picture, config):
         return torch.cat([x[0], newline[None]]) if config.newline else x[0]
     gw, gh = picture.grid
     (top, bottom, left, right), (h, w) = kept_area(picture.size, picture.grid, side, config.max_tiles)
-    tiles = x[1:].reshape(gh, gw, side, side, C).transpose(1, 2).reshape(gh * side, gw * side, C)
+    tiles = x[-gw * gh :].reshape(gh, gw, side, side, C).transpose(1, 2).reshape(gh * side, gw * side, C)
     tiles = tiles[top:bottom, left:right]
     if tiles.shape[:2] != (h, w):
         small = F.interpolate(tiles.permute(2, 0, 1)[None].float(), (h, w), mode="bilinear")[0]
@@ -1389,8 +1396,8 @@ def normalise(image, cfg):
 
 
 def prepare_image(image, config, several=False):
-    """What load_image takes -> Picture: the whole picture squeezed into one crop, then the tiles of a black canvas;
-    where there are no tiles one crop, padded to a square with the mean colour. several: the prompt has others."""
+    """What load_image takes -> Picture: the whole picture squeezed into one crop, then the tiles of a black canvas
+    (count_crops); without tiles one crop, padded to a square with the mean colour. several: the prompt has others."""
     if not config.vision:
         raise InputError("this model has no vision encoder: it takes text only")
     cfg, S = config.vision, config.vision.image_size
@@ -1401,14 +1408,16 @@ def prepare_image(image, config, several=False):
         square = Image.new("RGB", (longest, longest), tuple(int(255 * m) for m in cfg.image_mean))
         square.paste(image, ((longest - image.width) // 2, (longest - image.height) // 2))
         return Picture(normalise(square.resize((S, S), Image.BICUBIC), cfg)[None], image.size, None)
+    base = normalise(image.resize((S, S), Image.BICUBIC), cfg)[None]
+    if count_crops(image.size, grid) == 1:
+        return Picture(base, image.size, grid)
     (gw, gh), (cw, ch) = grid, (grid[0] * S, grid[1] * S)  # tiles, pixels
     sw, sh = cw / image.width, ch / image.height
     w, h = (cw, min(math.ceil(image.height * sw), ch)) if sw < sh else (min(math.ceil(image.width * sh), cw), ch)
     canvas = Image.new("RGB", (cw, ch))
     canvas.paste(image.resize((w, h), Image.BICUBIC), ((cw - w) // 2, (ch - h) // 2))
     tiles = normalise(canvas, cfg).view(3, gh, S, gw, S).permute(1, 3, 0, 2, 4).flatten(0, 1)
-    base = normalise(image.resize((S, S), Image.BICUBIC), cfg)
-    return Picture(torch.cat([base[None], tiles]), image.size, grid)
+    return Picture(torch.cat([base, tiles]), image.size, grid)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

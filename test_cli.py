@@ -318,12 +318,18 @@ def fails(function, *parts):
 # The reference's side of a comparison
 
 
+def crops_of(p):
+    """A prepared picture's crops as the originals have them: the only tile too where it is the whole picture again."""
+    return p.crops.expand(2, -1, -1, -1) if p.grid and len(p.crops) == 1 else p.crops
+
+
 def reference_inputs(reference, pictures):
     """The keyword arguments under which transformers takes our prepared pictures."""
+    crops = [crops_of(p) for p in pictures]
     if reference.config.model_type == "llava":
-        return dict(pixel_values=torch.cat([p.crops for p in pictures]))
-    n = max(len(p.crops) for p in pictures)
-    pixels = torch.stack([F.pad(p.crops, (0, 0, 0, 0, 0, 0, 0, n - len(p.crops))) for p in pictures])
+        return dict(pixel_values=torch.cat(crops))
+    n = max(map(len, crops))
+    pixels = torch.stack([F.pad(x, (0, 0, 0, 0, 0, 0, 0, n - len(x))) for x in crops])
     sizes = torch.tensor([p.size[::-1] for p in pictures])
     return dict(pixel_values=pixels, image_sizes=sizes, batch_num_images=torch.tensor([len(pictures)]))
 
@@ -536,7 +542,7 @@ def test_pixels_equal_transformers_onevision(size):
     )
     image, config = picture(*size), tiny_config()
     theirs = processor(image, return_tensors="pt")["pixel_values"][0]
-    assert closeness(cli.prepare_image(image, config).crops, theirs) < 1e-6
+    assert closeness(crops_of(cli.prepare_image(image, config)), theirs) < 1e-6
     theirs = processor([[image, image]], return_tensors="pt")["pixel_values"]
     ours = cli.prepare_image(image, config, several=True)
     assert ours.grid is None and len(ours.crops) == 1
@@ -599,10 +605,13 @@ def test_anyres_golden(case):
     assert (y1 - y0, x1 - x0) == unpadded and tuple(hw) == final
     assert (y0, x0) == (27 * grid[1] - y1, 27 * grid[0] - x1), "kept rows and columns lie in the middle"
     prepared = cli.prepare_image(Image.new("RGB", size, "white"), config)
-    assert prepared.grid == grid and len(prepared.crops) == 1 + grid[0] * grid[1] and prepared.size == size
+    crops = crops_of(prepared)
+    assert prepared.grid == grid and len(crops) == 1 + grid[0] * grid[1] and prepared.size == size
+    once = size in ((384, 384), (336, 336), (1, 1))  # the picture that its only tile is too
+    assert len(prepared.crops) == cli.count_crops(size, grid) == (1 if once else len(crops))
     assert cli.visual_tokens(prepared, config) == int(case[-1])
     # The white picture on the black canvas, put together again: its bounding box shows the resize and the paste.
-    tiles = prepared.crops[1:, 0].view(grid[1], grid[0], 384, 384).transpose(1, 2).reshape(384 * grid[1], -1) > 0
+    tiles = crops[1:, 0].reshape(grid[1], grid[0], 384, 384).transpose(1, 2).reshape(384 * grid[1], -1) > 0
     ys, xs = tiles.any(1).nonzero()[:, 0], tiles.any(0).nonzero()[:, 0]
     assert (xs[0], ys[0]) == paste and (len(xs), len(ys)) == resized and tiles.sum() == len(xs) * len(ys)
     assert (prepared.crops[0] == 1).all(), "the base crop is squashed, not padded"
@@ -682,7 +691,7 @@ def slow_levels(model, reference, pictures, l, ks):
     for j, k in enumerate(ks):
         projected, adapted = [], []
         for p in pictures:
-            hidden = inner.vision_tower(p.crops, output_hidden_states=True).hidden_states
+            hidden = inner.vision_tower(crops_of(p), output_hidden_states=True).hidden_states
             hidden = [x[:, 1:] for x in hidden[:-1]] if clip else hidden  # no class token, and -2 is the final level
             v = hidden[k] * (rms(hidden[-1]) / rms(hidden[k]) if fusion.level_norm else 1)
             if fusion.projector == "full":

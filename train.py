@@ -237,7 +237,7 @@ def tokens_and_patches(config, width, height, several):
         tiles = cli.choose_tiles(size, config, several)
     except InputError:
         return 1 << 40, 1 << 40  # too large to be prepared: more than any row may have
-    patches = (1 + math.prod(tiles or (0,))) * config.vision.side**2
+    patches = cli.count_crops(size, tiles) * config.vision.side**2
     return cli.visual_tokens(cli.Picture(None, size, tiles), config), patches
 
 

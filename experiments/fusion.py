@@ -115,7 +115,7 @@ def write_json(path, value):
 @torch.inference_mode()
 def cache(args, split, count, levels):
     """The encoder's levels of the first `count` rows of a split that the study asks about -> SPLIT.bin, bfloat16
-    (crops, levels, patches, width) a row, and SPLIT.json. A single thing's tile is its whole picture: kept once."""
+    (crops, levels, patches, width) a row, and SPLIT.json."""
     path = args.work / f"{split}.json"
     key = {"encoder": file_hash(args.encoder / "model.safetensors"), "data": args.data_hash, "count": count,
            "levels": list(levels), "kinds": KINDS}
@@ -139,7 +139,7 @@ def cache(args, split, count, levels):
             for start in tqdm(range(0, len(chosen), 64), desc=f"levels of {split}"):
                 pictures = [open_picture(rows[i][2][0]) for i, _ in chosen[start : start + 64]]
                 pictures = [cli.prepare_image(picture, config) for picture in pictures]
-                pixels = torch.cat([p.crops[: None if p.grid == (2, 2) else 1] for p in pictures]).to(model.device)
+                pixels = torch.cat([p.crops for p in pictures]).to(model.device)
                 taps = model.vision(pixels, levels)
                 found = torch.stack([taps[k] for k in levels], 1).to(torch.bfloat16).cpu()
                 f.write(found.view(torch.int16).numpy().tobytes())
@@ -164,7 +164,7 @@ class Cached:
         self.costs, self.supervised, self.kinds = ([getattr(self.rows, name)[i] for i in self.chosen]
                                                    for name in ("lengths", "supervised", "kinds"))
         self.shape = (len(self.levels), config.vision.side**2, config.vision.hidden_size)
-        self.crops = [1 + 4 * (grid == 2) for grid in self.grids]
+        self.crops = [cli.count_crops((grid, grid), (grid, grid)) for grid in self.grids]
         self.starts = [0, *itertools.accumulate(self.crops)]
         # Read, not mapped: mapped pages would count as this process's memory.
         self.file = open(args.work / f"{split}.bin", "rb", buffering=0)
@@ -178,7 +178,7 @@ class Cached:
         data = torch.frombuffer(bytearray(self.file.read(self.crops[i] * size)), dtype=torch.bfloat16)
         levels = data.view(-1, *self.shape)
         side = load_emoji()[0]["cell"] * grid
-        return cli.Picture(torch.cat([levels, levels]) if grid == 1 else levels, (side, side), (grid, grid))
+        return cli.Picture(levels, (side, side), (grid, grid))
 
     def batch(self, chosen):
         items = [self.rows[self.chosen[i]] for i in chosen]

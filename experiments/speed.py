@@ -4,17 +4,19 @@
     python experiments/speed.py --size 0.5b --dtype bfloat16 --readme README.md
     python experiments/speed.py --size 7b --device cuda --dtype bfloat16 --readme README.md
 
-Needs transformers. Each round starts four processes in turn: the machine's limits, cli.py
-without fusion, transformers, cli.py with a fresh `cli` fusion; so noise meets all of them, and peak memory is each
-one's own. A process takes medians of its repeats, the table medians of the rounds, of a ratio too: the median of what
-it was in each round, with the lowest and the highest. transformers runs with SDPA and,
-figure by figure, with its dynamic or its static cache, whichever was faster (the large picture, cold start and memory:
-the dynamic one). Both sides go through generate(), greedy.
+Needs transformers. Each round starts four processes in turn: the machine's limits, cli.py without fusion, transformers,
+cli.py with a fresh `cli` fusion; so noise meets all of them, and peak memory is each one's own. A process takes medians
+of its repeats, the table medians of the rounds, of a ratio too: the median of what it was in each round, with the
+lowest and the highest. transformers runs with SDPA and, figure by figure, with its dynamic or its static cache,
+whichever was faster (the other pictures, cold start and memory: the dynamic one). Both sides go through generate(),
+greedy.
 
-The picture is of 384 x 384 pixels, two crops, 1,485 visual tokens, with 30 tokens of text; its crops are prepared
-beforehand. Decoding at 7,000 tokens and in batches (of unequal lengths, the longest 1,500) runs on caches that were
-filled with random values. "Cold" is from the start of loading to the first token: a file that is mapped into memory
-is only read when it is used. Peak memory covers loading, that picture and the tokens behind it.
+The picture is of 384 x 384 pixels, 1,485 visual tokens, with 30 tokens of text; its crops are prepared beforehand. Its
+only tile is the whole picture again: cli.py encodes it once, transformers twice. That is so for square pictures of one
+tile alone: one of 384 x 192 pixels, 1,093 visual tokens, is read too, in two crops on both sides. Decoding at 7,000
+tokens and in batches (of unequal lengths, the longest 1,500) runs on caches that were filled with random values. "Cold"
+is from the start of loading to the first token: a file that is mapped into memory is only read when it is used. Peak
+memory covers loading, that picture and the tokens behind it.
 
 The limits: copy bandwidth (bytes read and written), the bandwidth of one matrix-vector product over as many bytes as a
 decode step reads of the weights, and the rate of a product of two square matrices. A figure's share of the limit is
@@ -43,25 +45,30 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import torch
+from PIL import Image
 
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
 import cli  # noqa: E402
-from cli import CLI, IMAGE_TOKEN, InputError, KVCache, Picture, Stream  # noqa: E402
+from cli import CLI, IMAGE_TOKEN, InputError, KVCache, Stream  # noqa: E402
 from experiments.random_checkpoint import SIZES, write_checkpoint  # noqa: E402
 from train import commit, markdown, put_between_marks  # noqa: E402
 
 TEXT = list(range(10, 40))  # the prompt's ids, half before the picture and half behind it
 LONG = 7000  # cached tokens of the long decode; the batches' longest sequence is BATCHED
 BATCHED = 1500
+SMALL, WIDE, LARGE = (384, 384), (384, 192), (1152, 1152)  # pictures, in pixels
 SIDES = ("limits", "none", "transformers", "cli")
 # figure: (what it is, unit, what limits it: mm = matrix products, read = reading weights and cache)
 FIGURES = {
     "load": ("load from disk, warm", "s", None),
     "cold": ("cold: load and first token", "s", None),
     "vision": ("vision encoding, 384 x 384", "s", "mm"),
+    "vision_wide": ("vision encoding, 384 x 192", "s", "mm"),
     "prefill": ("prefill to the first token, 384 x 384", "s", "mm"),
+    "prefill_wide": ("prefill to the first token, 384 x 192", "s", "mm"),
     "prefill_large": ("prefill to the first token, 1152 x 1152", "s", "mm"),
     "decode": ("decode at 1,500 cached tokens", "tokens/s", "read"),
     "decode_long": ("decode at 7,000 cached tokens", "tokens/s", "read"),
@@ -76,10 +83,11 @@ FIGURES = {
 # What both sides are given
 
 
-def picture(grid):
-    """A picture of grid x grid tiles of random pixels -> (Picture, number of its visual tokens)."""
-    crops = torch.randn(1 + grid**2, 3, 384, 384, generator=torch.Generator().manual_seed(0))
-    return Picture(crops, (384 * grid, 384 * grid), (grid, grid)), 729 + 27 * grid * (27 * grid + 1)
+def picture(size):
+    """A picture (W, H) of random pixels, prepared -> (Picture, number of its visual tokens)."""
+    pixels = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), np.uint8)
+    prepared = cli.prepare_image(Image.fromarray(pixels), cli.Config())
+    return prepared, cli.visual_tokens(prepared, cli.Config())
 
 
 def cached(batch, length):
@@ -143,9 +151,10 @@ def measure_limits(args, device, dtype):
     read, D, result = work(model)[0], model.config.decoder.hidden_size, {}
     for figure, lengths in lengths_of(args.steps).items():
         result["read " + figure] = work(model, lengths)[0]
-    for figure, grid in (("prefill", 1), ("prefill_large", 3)):
-        _, result["operations " + figure], vision = work(model, (), picture(grid)[1] + len(TEXT), 1 + grid**2)
-        result.setdefault("operations vision", vision)
+    for name, size in (("", SMALL), ("_wide", WIDE), ("_large", LARGE)):
+        image, count = picture(size)
+        _, prefill, vision = work(model, (), count + len(TEXT), len(image.crops))
+        result |= {"operations prefill" + name: prefill, "operations vision" + name: vision}
     del model  # what follows takes as much memory as its weights do
     floor = 2**28 if args.size != "nano" else 2**26  # more than any cache holds
     # random values: on constant ones a GPU draws less power and runs faster
@@ -160,7 +169,7 @@ def measure_limits(args, device, dtype):
 
 def lengths_of(steps):
     """Cached lengths of each decode figure."""
-    return {"decode": [picture(1)[1] + len(TEXT) + steps // 2], "decode_long": [LONG],
+    return {"decode": [picture(SMALL)[1] + len(TEXT) + steps // 2], "decode_long": [LONG],
             "batch_8": cached(8, BATCHED), "batch_32": cached(32, BATCHED)}
 
 
@@ -185,17 +194,19 @@ def measure_ours(args, device, dtype, fusion):
         cache.lengths = list(lengths)
         return rate(generate([[TEXT[0]]] * len(lengths), cache=cache)[0], len(lengths))
 
-    small, count = picture(1)
+    small, wide = picture(SMALL)[0], picture(WIDE)[0]
     runs = [generate([prompt], [[small]]) for _ in range(3)]
     result |= {"cold": result["load"] + runs[0][0][0], "peak": cli.peak_memory(device), "first": runs[0][1][0],
                "prefill": median(times[0] for times, _ in runs[1:]),
                "decode": median(rate(times) for times, _ in runs[1:])}
     with torch.inference_mode():
         tokens = torch.tensor(prompt, device=device)
-        stream = Stream(tokens, [small], [len(prompt)], None, model.config)
-        result["vision"] = timed(lambda: model.see([small], stream), device)
+        for figure, image in (("vision", small), ("vision_wide", wide)):
+            stream = Stream(tokens, [image], [len(prompt)], None, model.config)
+            result[figure] = timed(functools.partial(model.see, [image], stream), device)
+        result["prefill_wide"] = timed(lambda: generate_one(model, prompt, wide), device)
         if device.type == "cuda":
-            large = picture(3)[0]
+            large = picture(LARGE)[0]
             result["prefill_large"] = timed(lambda: generate_one(model, prompt, large), device)
             result |= compare_attention(model, tokens, large, device)
     for figure, lengths in list(lengths_of(args.steps).items())[1:]:
@@ -242,11 +253,12 @@ def measure_transformers(args, device, dtype):
     # as ours: greedy, no penalty, no stop
     model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
 
-    def inputs(grid):
-        image, count = picture(grid)
+    def inputs(size):
+        image, count = picture(size)
         ids = [*TEXT[:15], *[model.config.image_token_id] * count, *TEXT[15:]]
+        crops = image.crops if len(image.crops) > 1 else image.crops.expand(2, -1, -1, -1)
         return {"input_ids": torch.tensor([ids], device=device),
-                "pixel_values": image.crops[None].to(device, dtype),
+                "pixel_values": crops[None].to(device, dtype),
                 "image_sizes": torch.tensor([image.size[::-1]], device=device)}
 
     def new_cache(static, length):
@@ -281,7 +293,7 @@ def measure_transformers(args, device, dtype):
         return rate(generate({"input_ids": ids, "attention_mask": behind.long()}, cache)[0], batch)
 
     with torch.inference_mode():
-        small = inputs(1)
+        small, wide = inputs(SMALL), inputs(WIDE)
         length = small["input_ids"].shape[1] + args.steps
         runs = [generate(dict(small), new_cache(False, length)) for _ in range(3)]
         result |= {"cold": result["load"] + runs[0][0][0], "peak": cli.peak_memory(device), "first": runs[0][1][0]}
@@ -289,10 +301,12 @@ def measure_transformers(args, device, dtype):
         both = (runs[1:], static[1:])
         result["prefill"] = min(median(times[0] for times, _ in some) for some in both)
         result["decode"] = max(median(rate(times) for times, _ in some) for some in both)
-        pixels = {key: small[key] for key in ("pixel_values", "image_sizes")}
-        result["vision"] = timed(lambda: model.get_image_features(**pixels), device)
+        for figure, given in (("vision", small), ("vision_wide", wide)):
+            pixels = {key: given[key] for key in ("pixel_values", "image_sizes")}
+            result[figure] = timed(functools.partial(model.get_image_features, **pixels), device)
+        result["prefill_wide"] = timed(lambda: generate(dict(wide), new_cache(False, 0), 1), device)
         if device.type == "cuda":
-            large = inputs(3)
+            large = inputs(LARGE)
             result["prefill_large"] = timed(lambda: generate(dict(large), new_cache(False, 0), 1), device)
         for figure, lengths in list(lengths_of(args.steps).items())[1:]:
             result[figure] = max(on_filled_cache(lengths, static) for static in (False, True))
