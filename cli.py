@@ -71,6 +71,7 @@ IMAGE_TOKEN = -200  # stands in a prompt where a picture goes; LLaVA's number
 IGNORE = -100  # label of a position that is not supervised
 NEARLY_SHUT = -4.0  # a fresh gate's bias on a trained one-to-one base, which is to start near what it was: W = 0.018
 MAX_PIXELS = 128_000_000  # a larger picture is refused before it is decoded (decompression bombs)
+MAX_PATCHES = 6000  # encoded at once where no gradient is wanted: 8 crops of LLaVA-OneVision's
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of Pillow's limit, which is lower
 CPU_BFLOAT16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -529,8 +530,8 @@ def visual_tokens(picture, config):
 
 
 def count_crops(size, grid):
-    """How many crops of a picture (W, H) are encoded: the whole and its tiles, or what both are, if it is square and
-    has one tile."""
+    """How many crops of a picture (W, H) are encoded: the whole and its tiles; one where a square picture's only tile
+    is the whole again."""
     return 1 if not grid or grid == (1, 1) and size[0] == size[1] else 1 + grid[0] * grid[1]
 
 
@@ -764,7 +765,8 @@ class CLI(nn.Module):
         final, fusion = self.config.vision.num_hidden_layers, self.config.fusion
         levels = {final, *fusion.levels}
         # Without gradients a few crops at a time keep the activations small; the levels asked for are all that stays.
-        parts = [self.vision(x, levels) for x in pixels.split(len(pixels) if torch.is_grad_enabled() else 8)]
+        few = len(pixels) if torch.is_grad_enabled() else max(1, MAX_PATCHES // self.config.vision.side**2)
+        parts = [self.vision(x, levels) for x in pixels.split(few)]
         taps = {k: torch.cat([part.pop(k) for part in parts]) for k in levels}
         if fusion.level_norm:
             rms = {k: x.float().pow(2).mean((1, 2), keepdim=True).sqrt() for k, x in taps.items()}

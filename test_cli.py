@@ -1098,6 +1098,7 @@ def test_levels_are_freed_with_the_last_injection(inject_at, monkeypatch):
         return base, v_hat
 
     monkeypatch.setattr(model, "see", watched)
+    monkeypatch.setattr(cli, "MAX_PATCHES", 8 * model.config.vision.side**2 + 1)
     crops = []
     model.vision.layers[0].register_forward_pre_hook(lambda _, inputs: crops.append(len(inputs[0])))
     for layer in (model.decoder.layers[0], model.decoder.norm):
