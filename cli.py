@@ -71,7 +71,7 @@ IMAGE_TOKEN = -200  # stands in a prompt where a picture goes; LLaVA's number
 IGNORE = -100  # label of a position that is not supervised
 NEARLY_SHUT = -4.0  # a fresh gate's bias on a trained one-to-one base, which is to start near what it was: W = 0.018
 MAX_PIXELS = 128_000_000  # a larger picture is refused before it is decoded (decompression bombs)
-MAX_PATCHES = 6000  # encoded at once where no gradient is wanted: 8 crops of LLaVA-OneVision's
+MAX_PATCHES = 6000  # encoded at once where no gradient is wanted: those of 8 of LLaVA-OneVision's crops
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of Pillow's limit, which is lower
 CPU_BFLOAT16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -492,9 +492,9 @@ def make_projector(Dv, D):
 
 @dataclass
 class Picture:
-    """A prepared picture: crops float32[n, 3, S, S] (the whole picture first, then tiles row by row; one alone, where
-    the only tile is the whole picture again), the original size (W, H) in pixels, and the grid of tiles (gw, gh), or
-    None: one crop and no tiles."""
+    """A prepared picture: crops float32[n, 3, S, S] (the whole picture first, then tiles row by row; of a square
+    picture with one tile, which is the whole again, one alone), the original size (W, H) in pixels, and the grid of
+    tiles (gw, gh); grid None means one crop and no tiles."""
 
     crops: torch.Tensor
     size: tuple
@@ -548,7 +548,8 @@ def pack_picture(x, newline, picture, config):
         return torch.cat([x[0], newline[None]]) if config.newline else x[0]
     gw, gh = picture.grid
     (top, bottom, left, right), (h, w) = kept_area(picture.size, picture.grid, side, config.max_tiles)
-    tiles = x[-gw * gh :].reshape(gh, gw, side, side, C).transpose(1, 2).reshape(gh * side, gw * side, C)
+    tiles = (x[1:] if len(x) > 1 else x).reshape(gh, gw, side, side, C)
+    tiles = tiles.transpose(1, 2).reshape(gh * side, gw * side, C)
     tiles = tiles[top:bottom, left:right]
     if tiles.shape[:2] != (h, w):
         small = F.interpolate(tiles.permute(2, 0, 1)[None].float(), (h, w), mode="bilinear")[0]
@@ -1398,8 +1399,9 @@ def normalise(image, cfg):
 
 
 def prepare_image(image, config, several=False):
-    """What load_image takes -> Picture: the whole picture squeezed into one crop, then the tiles of a black canvas
-    (count_crops); without tiles one crop, padded to a square with the mean colour. several: the prompt has others."""
+    """What load_image takes -> Picture: the whole picture squeezed into one crop, then the tiles of a black canvas,
+    unless the only one is the same again; without tiles one crop, padded to a square with the mean colour. several: the
+    prompt has others."""
     if not config.vision:
         raise InputError("this model has no vision encoder: it takes text only")
     cfg, S = config.vision, config.vision.image_size

@@ -607,7 +607,7 @@ def test_anyres_golden(case):
     prepared = cli.prepare_image(Image.new("RGB", size, "white"), config)
     crops = crops_of(prepared)
     assert prepared.grid == grid and len(crops) == 1 + grid[0] * grid[1] and prepared.size == size
-    once = size in ((384, 384), (336, 336), (1, 1))  # the picture that its only tile is too
+    once = size in ((384, 384), (336, 336), (1, 1))  # whose only tile is the whole picture
     assert len(prepared.crops) == cli.count_crops(size, grid) == (1 if once else len(crops))
     assert cli.visual_tokens(prepared, config) == int(case[-1])
     # The white picture on the black canvas, put together again: its bounding box shows the resize and the paste.
@@ -1098,14 +1098,17 @@ def test_levels_are_freed_with_the_last_injection(inject_at, monkeypatch):
         return base, v_hat
 
     monkeypatch.setattr(model, "see", watched)
-    monkeypatch.setattr(cli, "MAX_PATCHES", 8 * model.config.vision.side**2 + 1)
+    monkeypatch.setattr(cli, "MAX_PATCHES", 5 * model.config.vision.side**2 + 1)
     crops = []
     model.vision.layers[0].register_forward_pre_hook(lambda _, inputs: crops.append(len(inputs[0])))
     for layer in (model.decoder.layers[0], model.decoder.norm):
         layer.register_forward_pre_hook(lambda *_: alive.append(sum(level() is not None for level in levels)))
     model.logits(*REQUESTS[0])
     assert alive == [len(levels), 0] and len(levels) > 4
-    assert crops == [8, 5], "without gradients a few crops at a time"
+    assert crops == [5, 5, 3], "without gradients a few crops at a time"
+    monkeypatch.setattr(cli, "MAX_PATCHES", 1)
+    model.logits(*REQUESTS[0])
+    assert crops[3:] == [1] * 13, "one crop, however large"
 
 
 @pytest.mark.parametrize("dtype, tolerance, causal", [(torch.float32, 1e-5, True), (torch.float32, 1e-5, False),
@@ -3422,6 +3425,11 @@ def test_lengths_are_those_of_the_stream(emoji, mixed, aspect):
             with torch.no_grad():
                 assert rows.supervised[i] == model(**batch)[1] > 0
     assert (True in shrunk) == (aspect == "anyres_max_2")
+    S = model.config.vision.image_size
+    for size in ((S, S), (S, S // 2), (2 * S, 2 * S)):
+        image = cli.prepare_image(Image.new("RGB", size), model.config)
+        patches = len(image.crops) * model.config.vision.side**2
+        assert train.tokens_and_patches(model.config, *size, False)[1] == patches
 
 
 @pytest.mark.parametrize("labels", ["answer", "llava"])
