@@ -592,7 +592,15 @@ class Stream:
         newline = x.new_zeros(x.shape[-1]) if newline is None else newline.to(x.dtype)
         parts = zip(x.split([len(p.crops) for p in self.pictures]), self.pictures)
         packed = torch.cat([pack_picture(part, newline, picture, self.config) for part, picture in parts])
-        return x.new_zeros(len(self.ids), x.shape[-1]).index_copy(0, self.where, packed)
+        return x.new_zeros(len(self.ids), x.shape[-1]).index_copy_(0, self.where, packed)
+
+    def supervised(self, labels):
+        """Labels int64[T_prompt] -> read int64[R], the positions right before a supervised token, and those tokens,
+        int64[R]. The first of a sequence is not among them: there is nothing before it to predict it from."""
+        targets = self.expand(labels).masked_fill(self.visual, IGNORE)
+        targets[self.ends - self.lens] = IGNORE
+        read = (targets[1:] != IGNORE).nonzero()[:, 0]
+        return read, targets[read + 1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -618,16 +626,19 @@ class AMP(nn.ModuleDict):
         elif cfg.projector != "shared":
             self.update({str(k): lora() if cfg.projector == "lora" else make_projector(Dv, D) for k in cfg.levels})
 
-    def forward(self, taps, projected, stream, l, j, k):
-        """V_hat_k (T, D) for the j-th level, k, of decoder layer l: taps[k] is V_k, projected[k] is pack(MLP(V_k)).
+    def forward(self, taps, projected, stream, l, levels):
+        """Yields V_hat_k (T, D) for the levels k of decoder layer l: taps[k] is V_k, projected[k] pack(MLP(V_k)).
 
-        Packing is linear and goes before B: pack(B A V) = B pack(A V), with r channels instead of D.
+        Packing is linear and goes before B: pack(B A V) = B pack(A V), with r channels a level instead of D.
         """
         if self.cfg.projector != "lora":
-            return projected[k]
-        adapter = self[str(l)][j] if self.cfg.lora_per == "pair" else self[str(k)]
+            yield from (projected[k] for k in levels)
+            return
+        adapters = self[str(l)] if self.cfg.lora_per == "pair" else [self[str(k)] for k in levels]
+        low = stream.pack(torch.cat([adapter.A(taps[k]) for adapter, k in zip(adapters, levels)], -1))
         scale = self.cfg.lora_alpha / self.cfg.lora_rank
-        return projected[k] + adapter.B(scale * stream.pack(adapter.A(taps[k])))
+        for adapter, k, x in zip(adapters, levels, low.chunk(len(levels), -1)):
+            yield projected[k] + adapter.B(scale * x)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -689,11 +700,11 @@ class DecoderLayer(nn.Module):
         self.self_attn = linears(q_proj=(D, q, bias), k_proj=(D, kv, bias), v_proj=(D, kv, bias), o_proj=(q, D, False))
         self.mlp = linears(gate_proj=(D, wide, False), up_proj=(D, wide, False), down_proj=(wide, D, False))
 
-    def forward(self, h, rope, seqlens, attend):
-        """rope: cos and sin of rotary(); attend: attend() or this layer's KVCache.attend."""
+    def forward(self, h, rope, seqlens, attend, read=...):
+        """rope: cos and sin of rotary(); attend: attend() or this layer's KVCache.attend; read: which h are wanted."""
         f, x = self.self_attn, self.input_layernorm(h)
         q, k, v = (p(x).unflatten(-1, (-1, self.hd)) for p in (f.q_proj, f.k_proj, f.v_proj))  # (T, H|K, hd)
-        h = h + f.o_proj(attend(rotate(q, *rope), rotate(k, *rope), v, seqlens).flatten(1))
+        h = h[read] + f.o_proj(attend(rotate(q, *rope), rotate(k, *rope), v, seqlens).flatten(1)[read])
         x = self.post_attention_layernorm(h)
         return h + self.mlp.down_proj(F.silu(self.mlp.gate_proj(x)) * self.mlp.up_proj(x))
 
@@ -709,11 +720,12 @@ class Decoder(nn.Module):
         self.norm = nn.RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.checkpointing = False
 
-    def forward(self, h, seqlens, cache=None, inject=(), inject_at="input"):
-        """h (T, D): embeddings of the stream -> (T, D) after the final norm.
+    def forward(self, h, seqlens, cache=None, inject=(), inject_at="input", read=...):
+        """h (T, D): embeddings of the stream -> (R, D) after the final norm.
 
         inject: {l: function h -> h}, what is let in at the input (or output) of decoder layer l; each is dropped once
-        called, and with the last one the vision levels that they hold.
+        called, and with the last one the vision levels that they hold. read: int64[R], the positions wanted
+        (default: all): the last layer computes no others.
         """
         past = cache.lengths if cache else [0] * len(seqlens)
         positions = torch.cat([torch.arange(p, p + n, device=h.device) for p, n in zip(past, seqlens)])
@@ -721,13 +733,15 @@ class Decoder(nn.Module):
         for l, layer in enumerate(self.layers):
             if l in inject and inject_at == "input":
                 h = maybe_checkpoint(self.checkpointing, inject.pop(l), h)
+            every = l + 1 < len(self.layers) or l in inject  # the gates of an injection behind a layer read all of h
             h = maybe_checkpoint(self.checkpointing, layer, h, rope, seqlens,
-                                 functools.partial(cache.attend, l, positions) if cache else attend)
+                                 functools.partial(cache.attend, l, positions) if cache else attend,
+                                 ... if every else read)
             if l in inject and inject_at == "output":
                 h = maybe_checkpoint(self.checkpointing, inject.pop(l), h)
         if cache:
             cache.lengths = [p + n for p, n in zip(past, seqlens)]
-        return self.norm(h)
+        return self.norm(h[read] if every else h)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -761,8 +775,9 @@ class CLI(nn.Module):
         return self.decoder.norm.weight.dtype
 
     def see(self, pictures, stream):
-        """Prepared pictures -> base visual tokens (T, D), and v_hat: (l, j, k) -> V_hat_k (T, D); 0 where text is."""
-        pixels = torch.cat([p.crops.to(self.device, self.dtype) for p in pictures])
+        """Prepared pictures -> base visual tokens (T, D), and v_hat: (l, levels) -> V_hat_k (T, D), one after the
+        other; 0 where text is."""
+        pixels = torch.cat([p.crops for p in pictures]).to(self.device, self.dtype)
         final, fusion = self.config.vision.num_hidden_layers, self.config.fusion
         levels = {final, *fusion.levels}
         # Without gradients a few crops at a time keep the activations small; the levels asked for are all that stays.
@@ -783,12 +798,12 @@ class CLI(nn.Module):
     def inject(self, l, levels, v_hat, stream, gates, h):
         """Let the levels of decoder layer l's route into h (T, D), in turn; their weights W go to gates[l]."""
         new, weights = h.float(), []  # summed in float32: bfloat16 would round what small weights let in away
-        for j, k in enumerate(levels):
-            v = v_hat(l, j, k)
-            W = new.new_ones(len(stream.seqlens), 1)
+        for v in v_hat(l, levels):
             if str(l) in self.agf:
                 seen = new.to(h.dtype) if self.config.fusion.agf_order == "sequential" else h
                 W = self.agf[str(l)](v, seen, stream)
+            else:
+                W = new.new_ones(len(stream.seqlens), 1)
             # Eq. 9: v is zero at text positions. W in float32, in which the backward pass sums over the tokens.
             new = new + W.repeat_interleave(stream.lens, 0, output_size=len(h)).to(v.dtype) * v
             weights.append(W.detach().mean(-1))
@@ -822,30 +837,29 @@ class CLI(nn.Module):
             inject = {l: functools.partial(self.inject, l, ks, v_hat, stream, gates)
                       for l, ks in self.config.fusion.routes}
             del base, v_hat  # inject alone holds the levels: the last injection frees them
-        h = self.decoder(h, stream.seqlens, cache, inject, self.config.fusion.inject_at)
         if labels is not None:
-            return *self.cross_entropy(h, stream, labels), gates
-        if select == "last":
-            h = h[stream.ends - 1]
+            read, targets = stream.supervised(labels)
+        else:
+            read = stream.ends - 1 if select == "last" else ...
+        h = self.decoder(h, stream.seqlens, cache, inject, self.config.fusion.inject_at, read)
+        if labels is not None:
+            return self.cross_entropy(h, targets), len(targets), gates
         return self.head(h), gates
 
     def head(self, h):
         """Hidden states (T, D) -> logits (T, V); a tied head is the embedding matrix itself."""
         return F.linear(h, (self.lm_head or self.decoder.embed_tokens).weight)
 
-    def cross_entropy(self, h, stream, labels):
-        """Sum over supervised tokens of -log p(token | everything before it in its sequence), and their number."""
-        targets = stream.expand(labels).masked_fill(stream.visual, IGNORE)
-        targets[stream.ends - stream.lens] = IGNORE  # the first of a sequence: nothing before it to be predicted from
-        where = (targets[1:] != IGNORE).nonzero()[:, 0]  # h[i] predicts token i + 1
+    def cross_entropy(self, h, targets):
+        """Sum of -log p(target | everything before it in its sequence), from h (R, D) and targets int64[R]."""
         loss = h.new_zeros((), dtype=torch.float32)
 
         def piece(h, targets):
             return F.cross_entropy(self.head(h).float(), targets, reduction="sum")
 
-        for i in where.split(1024):  # logits of 1,024 positions at a time: with 152k words they are the memory peak
-            loss = loss + maybe_checkpoint(len(where) > 1024, piece, h[i], targets[i + 1])
-        return loss, len(where)
+        for x, y in zip(h.split(1024), targets.split(1024)):  # their logits, of 152k words, are the memory peak
+            loss = loss + maybe_checkpoint(len(targets) > 1024, piece, x, y)
+        return loss
 
     @torch.inference_mode()
     def logits(self, tokens, images=()):

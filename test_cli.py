@@ -1152,7 +1152,7 @@ def test_gates_and_injections_in_bfloat16():
     h, v = (scale * torch.randn(600, 16, generator=generator).bfloat16() for scale in (20, 1))
     owner = types.SimpleNamespace(agf={"0": lambda *_: torch.full((1, 1), 0.018)}, config=tiny_config(preset("cli")))
     stream = types.SimpleNamespace(seqlens=[600], lens=torch.tensor([600]))
-    new = CLI.inject(owner, 0, range(13), lambda *_: v, stream, {}, h)
+    new = CLI.inject(owner, 0, range(13), lambda *_: 13 * [v], stream, {}, h)
     let_in = (new.double() - h.double()) * v.double()
     assert new.dtype == torch.bfloat16 and let_in.sum() / v.double().pow(2).sum() == pytest.approx(13 * 0.018, rel=0.1)
 
@@ -1353,9 +1353,28 @@ def test_chat_keeps_its_cache(layout, monkeypatch):
         assert closeness(logits[b], model.logits(torch.cat([start, turn]))[-1]) < 1e-4
 
 
-def test_loss_is_the_shifted_cross_entropy():
+@pytest.mark.parametrize("layers, inject_at", [([1, 3], "input"), ([1, LAYERS - 1], "input"),
+                                               ([1, LAYERS - 1], "output")])
+def test_the_last_layer_computes_what_is_read(layers, inject_at):
+    """For the last position alone the logits are those of all; the last layer's MLP sees no other, unless an injection
+    follows it, whose gates read all."""
+    model, rows = tiny(preset("cli", decoder_layers=layers, inject_at=inject_at)), []
+    for layer in model.decoder.layers[-2:]:
+        layer.mlp.down_proj.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    for tokens, images in REQUESTS:
+        with torch.no_grad():
+            every = model(tokens, prepare(images, model.config))[0]
+            last = model(tokens, prepare(images, model.config), select="last")[0]
+        assert closeness(last, every[-1:]) < 1e-5
+        T, behind = len(every), inject_at == "output" and images
+        assert rows == [T, T, T, T if behind else 1]
+        rows.clear()
+
+
+@pytest.mark.parametrize("layers, inject_at", [([1, 3], "input"), ([1, LAYERS - 1], "output")])
+def test_loss_is_the_shifted_cross_entropy(layers, inject_at):
     """The summed loss over two sequences equals a plain shifted cross-entropy of each; nothing crosses the border."""
-    model = tiny(preset("cli"))
+    model = tiny(preset("cli", decoder_layers=layers, inject_at=inject_at))
     total, count, labels, pictures = 0.0, 0, [], []
     for tokens, images in REQUESTS:
         mine = torch.where((torch.arange(len(tokens)) >= 5) & (tokens != IMAGE_TOKEN), tokens, IGNORE)
@@ -3591,6 +3610,20 @@ def test_bfloat16_and_checkpointing_come_close(few, tmp_path, monkeypatch):
     weights = load_file(tmp_path / "half/model.safetensors")
     assert {value.dtype for value in weights.values()} == {torch.float32}
     assert len(recomputed) >= 2 * 4 and {*recomputed} == {"half"}  # two steps, two layers and two blocks
+
+
+@pytest.mark.parametrize("fields", [{"blind": True}, {"objective": "contrast", "split": "encode"}])
+def test_what_no_row_reaches_is_frozen(emoji, fields):
+    """Frozen parameters would get no gradient; of the blocks' matrices, which Muon takes, no other goes without."""
+    model, cfg = tiny_model(emoji), settings(emoji, "unused", muon=5.0, **fields)
+    train.make_optimizers(model, cfg)
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    batch = train.Rows(emoji, cfg.split, model.config, cfg.blind).batch(range(4))
+    model.requires_grad_(True)
+    train.backward(model, [batch], 10, contextlib.nullcontext(), cfg.objective)
+    without = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()}
+    assert frozen and frozen <= without
+    assert not [name for name in without - frozen if ".layers." in name and model.get_parameter(name).ndim == 2]
 
 
 def test_settings_reach_the_optimisers(emoji):

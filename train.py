@@ -398,7 +398,10 @@ def make_optimizers(model, cfg):
     with it."""
     groups = {}  # (for Muon?, learning rate, decay, share of the steps to wait): parameters
     for name, p in model.named_parameters():
-        rate, muon = getattr(cfg, part_of_parameter(name)), cfg.muon > 0 and ".layers." in name and p.ndim == 2
+        part, muon = part_of_parameter(name), cfg.muon > 0 and ".layers." in name and p.ndim == 2
+        # Frozen is what no row reaches: without pictures all but the decoder, where pictures are told apart its layers.
+        idle = cfg.blind and part != "lr_decoder" or cfg.objective == "contrast" and name.startswith("decoder.layers.")
+        rate = 0.0 if idle else getattr(cfg, part)
         p.requires_grad_(rate > 0)
         if rate > 0:
             wait, decay = cfg.gate_start * name.startswith("agf."), cfg.weight_decay * (p.ndim > 1)

@@ -38,7 +38,7 @@ sys.path.insert(0, str(HERE))
 import cli  # noqa: E402
 import train  # noqa: E402
 from assets.emoji.scenes import POSITIONS, VALIDATION, load_emoji, open_picture  # noqa: E402
-from cli import IGNORE, InputError  # noqa: E402
+from cli import InputError  # noqa: E402
 
 # Where the fusions reach, unless a variant says otherwise; all other fields are FusionConfig's defaults, that is the
 # paper's equations as written, and a gate bias of -4 on a pre-trained decoder, 0 from scratch.
@@ -257,10 +257,8 @@ def score(model, rows, chosen, autocast=None):
             visual = stream.visual
             with autocast:
                 logits, new = model(tokens, pictures, seqlens, context)
-            targets = stream.expand(labels).masked_fill(visual, IGNORE)
-            targets[stream.ends - stream.lens] = IGNORE  # nothing before it to be predicted from
-            at = (targets[1:] != IGNORE).nonzero()[:, 0]
-            said, targets = logits[at].float(), targets[at + 1]
+            at, targets = stream.supervised(labels)
+            said = logits[at].float()
             loss += F.cross_entropy(said, targets, reduction="sum").item()
             count += len(at)
             row = torch.arange(len(seqlens), device=tokens.device).repeat_interleave(stream.lens)[at + 1]
