@@ -17,10 +17,10 @@ and at the prompt (AGF). Everything else is LLaVA-OneVision, or LLaVA-1.5.
 Legend: I a picture; V_k hidden states of vision level k (0 = patch embeddings, i = after block i), V_hat_k the same in
 the decoder's width (v_hat in the code); A_k, B_k, r, alpha an adapter's matrices, rank and scale; h the decoder's
 hidden states, h' after an injection; mask 1 at visual positions; l a decoder layer (from 0); W the weight of a gate.
-Sizes: T tokens of the stream (in eq. 3 the text), T_prompt before its pictures are put in, N visual tokens, B
-sequences, M tokens of the longest one, P patches of a crop, n crops, S crop side in pixels, D and Dv widths of decoder
-and vision encoder, C any width, V words of the vocabulary (in eq. 1-2 the last level), H heads, K key/value heads, hd
-head size; (W, H) also a picture's pixels.
+Sizes: T tokens of the stream (in eq. 3 the text), T_prompt before its pictures are put in, R of T whose output is
+wanted, N visual tokens, B sequences, M tokens of the longest one, P patches of a crop, n crops, S crop side in pixels,
+D and Dv widths of decoder and vision encoder, C any width, V words of the vocabulary (in eq. 1-2 the last level), H
+heads, K key/value heads, hd head size; (W, H) also a picture's pixels.
 Sequences lie end to end in one flat stream (T, D) without padding.
 
     model = CLI.from_pretrained("assets/nano")                     # a folder or a hub id
@@ -595,12 +595,12 @@ class Stream:
         return x.new_zeros(len(self.ids), x.shape[-1]).index_copy_(0, self.where, packed)
 
     def supervised(self, labels):
-        """Labels int64[T_prompt] -> read int64[R], the positions right before a supervised token, and those tokens,
-        int64[R]. The first of a sequence is not among them: there is nothing before it to predict it from."""
+        """Labels int64[T_prompt] -> the positions int64[R] right before a supervised token, and those tokens int64[R].
+        The first of a sequence is not among them: there is nothing before it to predict it from."""
         targets = self.expand(labels).masked_fill(self.visual, IGNORE)
         targets[self.ends - self.lens] = IGNORE
-        read = (targets[1:] != IGNORE).nonzero()[:, 0]
-        return read, targets[read + 1]
+        before = (targets[1:] != IGNORE).nonzero()[:, 0]
+        return before, targets[before + 1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -690,7 +690,7 @@ class AGF(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """h + attention(norm(h)), then h + SwiGLU(norm(h)): (T, D) -> (T, D); K key/value heads serve H query heads."""
+    """h + attention(norm(h)), then h + SwiGLU(norm(h)): (T, D) -> (R, D); K key/value heads serve H query heads."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -700,11 +700,11 @@ class DecoderLayer(nn.Module):
         self.self_attn = linears(q_proj=(D, q, bias), k_proj=(D, kv, bias), v_proj=(D, kv, bias), o_proj=(q, D, False))
         self.mlp = linears(gate_proj=(D, wide, False), up_proj=(D, wide, False), down_proj=(wide, D, False))
 
-    def forward(self, h, rope, seqlens, attend, read=...):
-        """rope: cos and sin of rotary(); attend: attend() or this layer's KVCache.attend; read: which h are wanted."""
+    def forward(self, h, rope, seqlens, attend, wanted=...):
+        """rope: cos and sin of rotary(); attend: attend() or this layer's KVCache.attend; wanted: int64[R], or all."""
         f, x = self.self_attn, self.input_layernorm(h)
         q, k, v = (p(x).unflatten(-1, (-1, self.hd)) for p in (f.q_proj, f.k_proj, f.v_proj))  # (T, H|K, hd)
-        h = h[read] + f.o_proj(attend(rotate(q, *rope), rotate(k, *rope), v, seqlens).flatten(1)[read])
+        h = h[wanted] + f.o_proj(attend(rotate(q, *rope), rotate(k, *rope), v, seqlens).flatten(1)[wanted])
         x = self.post_attention_layernorm(h)
         return h + self.mlp.down_proj(F.silu(self.mlp.gate_proj(x)) * self.mlp.up_proj(x))
 
@@ -720,12 +720,12 @@ class Decoder(nn.Module):
         self.norm = nn.RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.checkpointing = False
 
-    def forward(self, h, seqlens, cache=None, inject=(), inject_at="input", read=...):
+    def forward(self, h, seqlens, cache=None, inject=(), inject_at="input", wanted=...):
         """h (T, D): embeddings of the stream -> (R, D) after the final norm.
 
         inject: {l: function h -> h}, what is let in at the input (or output) of decoder layer l; each is dropped once
-        called, and with the last one the vision levels that they hold. read: int64[R], the positions wanted
-        (default: all): the last layer computes no others.
+        called, and with the last one the vision levels that they hold. wanted: int64[R], positions (default: all)
+        whose output somebody reads: behind its attention the last layer computes no others.
         """
         past = cache.lengths if cache else [0] * len(seqlens)
         positions = torch.cat([torch.arange(p, p + n, device=h.device) for p, n in zip(past, seqlens)])
@@ -736,12 +736,12 @@ class Decoder(nn.Module):
             every = l + 1 < len(self.layers) or l in inject  # the gates of an injection behind a layer read all of h
             h = maybe_checkpoint(self.checkpointing, layer, h, rope, seqlens,
                                  functools.partial(cache.attend, l, positions) if cache else attend,
-                                 ... if every else read)
+                                 ... if every else wanted)
             if l in inject and inject_at == "output":
                 h = maybe_checkpoint(self.checkpointing, inject.pop(l), h)
         if cache:
             cache.lengths = [p + n for p, n in zip(past, seqlens)]
-        return self.norm(h[read] if every else h)
+        return self.norm(h[wanted] if every else h)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -829,6 +829,10 @@ class CLI(nn.Module):
         if longest > self.config.decoder.max_position_embeddings:
             raise InputError(f"{longest} tokens in one sequence (pictures included), but this model's context is "
                              f"{self.config.decoder.max_position_embeddings}")
+        if labels is not None:
+            wanted, targets = stream.supervised(labels)
+        else:
+            wanted = stream.ends - 1 if select == "last" else ...
         h = self.decoder.embed_tokens(stream.ids.masked_fill(stream.visual, 0))
         gates, inject = {}, {}
         if pictures:
@@ -837,11 +841,7 @@ class CLI(nn.Module):
             inject = {l: functools.partial(self.inject, l, ks, v_hat, stream, gates)
                       for l, ks in self.config.fusion.routes}
             del base, v_hat  # inject alone holds the levels: the last injection frees them
-        if labels is not None:
-            read, targets = stream.supervised(labels)
-        else:
-            read = stream.ends - 1 if select == "last" else ...
-        h = self.decoder(h, stream.seqlens, cache, inject, self.config.fusion.inject_at, read)
+        h = self.decoder(h, stream.seqlens, cache, inject, self.config.fusion.inject_at, wanted)
         if labels is not None:
             return self.cross_entropy(h, targets), len(targets), gates
         return self.head(h), gates

@@ -399,15 +399,16 @@ def make_optimizers(model, cfg):
     groups = {}  # (for Muon?, learning rate, decay, share of the steps to wait): parameters
     for name, p in model.named_parameters():
         part, muon = part_of_parameter(name), cfg.muon > 0 and ".layers." in name and p.ndim == 2
-        # Frozen is what no row reaches: without pictures all but the decoder, where pictures are told apart its layers.
-        idle = cfg.blind and part != "lr_decoder" or cfg.objective == "contrast" and name.startswith("decoder.layers.")
+        # What no row reaches is frozen too: of a blind model all but the decoder, and what contrast() does not compute.
+        idle = cfg.blind and part != "lr_decoder" or cfg.objective == "contrast" and not name.startswith(
+            ("vision.", "projector.", "decoder.embed_tokens."))
         rate = 0.0 if idle else getattr(cfg, part)
         p.requires_grad_(rate > 0)
         if rate > 0:
             wait, decay = cfg.gate_start * name.startswith("agf."), cfg.weight_decay * (p.ndim > 1)
             groups.setdefault((muon, rate * (cfg.muon if muon else 1), decay, wait), []).append(p)
     if not groups:
-        raise InputError("every learning rate is 0: nothing to train")
+        raise InputError("nothing to train: every learning rate is 0, or of parts that no row reaches")
     adamw, muon = ([{"params": ps, "lr": rate, "peak": rate, "weight_decay": decay, "start": wait}
                     for (own, rate, decay, wait), ps in groups.items() if own == of_muon] for of_muon in (False, True))
     dtype, _ = training_dtype(cfg.dtype, model.device)

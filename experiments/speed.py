@@ -19,12 +19,12 @@ from the start of loading to the first token: a file that is mapped into memory 
 memory covers loading, the first picture and the tokens behind it.
 
 The limits: copy bandwidth (bytes read and written), the bandwidth of one matrix-vector product over as many bytes as a
-decode step reads of the weights, and the rate of a product of two square matrices. A figure's share of the limit is
-the least time that its bytes or its operations take by these, over the time that it took: decoding must read every
-weight once a step (embeddings only as the head) and every cached key and value; prefill and the vision encoder must
-multiply every weight with every token, and every query with the keys before it. On CUDA decoding is held against the
-copy bandwidth, a picture of 1152 x 1152 pixels (7,371 visual tokens) is read too, and cli.py's ways to attend
-(flash-attn, varlen_attn, SDPA) are compared on it.
+decode step reads of the weights, and the rate of a product of two square matrices. A figure's share of the limit is the
+least time that its bytes or its operations take by these, over the time that it took: decoding must read every weight
+once a step (embeddings only as the head) and every cached key and value; prefill and the vision encoder must multiply
+every weight with every token (those behind the last layer's attention with the last one alone), and every query with
+the keys before it. On CUDA decoding is held against the copy bandwidth, a picture of 1152 x 1152 pixels (7,371 visual
+tokens) is read too, and cli.py's ways to attend (flash-attn, varlen_attn, SDPA) are compared on it.
 
 Writes speed-SIZE-DEVICE-DTYPE.jsonl in out/speed, with --readme in experiments/results: the machine, then a line a
 process as it ends, then a line a figure and a line a target. A run that was stopped starts anew.
@@ -140,10 +140,12 @@ def work(model, lengths=(), tokens=0, crops=0):
     head = size(model.lm_head or model.decoder.embed_tokens)
     read = (size(model.decoder.layers) + head + keys * sum(lengths)) * model.dtype.itemsize
     P = v.side**2
+    last = model.decoder.layers[-1]  # its output is wanted for one token alone
+    saved = 2 * (tokens - 1) * (size(last.self_attn.o_proj) + size(last.mlp))
     vision = crops * P * (2 * size(model.vision.layers) + 4 * P * v.hidden_size * v.num_hidden_layers)
     vision += 2 * crops * P * (size(model.vision.patch_embedding) + size(model.projector))
     attention = 2 * tokens**2 * d.num_attention_heads * d.head_dim * d.num_hidden_layers  # causal: half of the square
-    return read, vision + 2 * tokens * size(model.decoder.layers) + attention + 2 * head, vision
+    return read, vision + 2 * tokens * size(model.decoder.layers) - saved + attention + 2 * head, vision
 
 
 def measure_limits(args, device, dtype):
