@@ -87,7 +87,7 @@ class TrainConfig:
     fusion_fields: dict = setting({}, "JSON with decoder_layers, vision_levels and other fields of FusionConfig")
     image_aspect_ratio: str = setting("", "pad, anyres or anyres_max_N (1x1 to 6x6 tiles); empty: as init_from has it")
     objective: str = setting("answers", "answers: predict them; contrast: tell which answers go with which picture")
-    blind: bool = setting(False, "leave the pictures out: the baseline that every accuracy is compared with")
+    blind: bool = setting(False, "no pictures, the decoder alone: the baseline that every accuracy is compared with")
     steps: int = setting(0, "optimiser steps; 0: as many as the epochs take")
     epochs: float = setting(1.0, "passes over the split, where steps is 0")
     batch_rows: int = setting(64, "rows (conversations) of a step, over all micro-batches and ranks")
