@@ -549,8 +549,7 @@ def pack_picture(x, newline, picture, config):
     gw, gh = picture.grid
     (top, bottom, left, right), (h, w) = kept_area(picture.size, picture.grid, side, config.max_tiles)
     tiles = (x[1:] if len(x) > 1 else x).reshape(gh, gw, side, side, C)
-    tiles = tiles.transpose(1, 2).reshape(gh * side, gw * side, C)
-    tiles = tiles[top:bottom, left:right]
+    tiles = tiles.transpose(1, 2).reshape(gh * side, gw * side, C)[top:bottom, left:right]
     if tiles.shape[:2] != (h, w):
         small = F.interpolate(tiles.permute(2, 0, 1)[None].float(), (h, w), mode="bilinear")[0]
         tiles = small.permute(1, 2, 0).to(x.dtype)
