@@ -548,7 +548,7 @@ def pack_picture(x, newline, picture, config):
         return torch.cat([x[0], newline[None]]) if config.newline else x[0]
     gw, gh = picture.grid
     (top, bottom, left, right), (h, w) = kept_area(picture.size, picture.grid, side, config.max_tiles)
-    tiles = (x[1:] if len(x) > 1 else x).reshape(gh, gw, side, side, C)
+    tiles = x[-gw * gh :].reshape(gh, gw, side, side, C)
     tiles = tiles.transpose(1, 2).reshape(gh * side, gw * side, C)[top:bottom, left:right]
     if tiles.shape[:2] != (h, w):
         small = F.interpolate(tiles.permute(2, 0, 1)[None].float(), (h, w), mode="bilinear")[0]
@@ -724,7 +724,7 @@ class Decoder(nn.Module):
 
         inject: {l: function h -> h}, what is let in at the input (or output) of decoder layer l; each is dropped once
         called, and with the last one the vision levels that they hold. wanted: int64[R], positions (default: all)
-        whose output somebody reads: behind its attention the last layer computes no others.
+        whose output somebody reads: behind its attention the last layer computes no others, if no injection follows it.
         """
         past = cache.lengths if cache else [0] * len(seqlens)
         positions = torch.cat([torch.arange(p, p + n, device=h.device) for p, n in zip(past, seqlens)])
@@ -846,7 +846,7 @@ class CLI(nn.Module):
         return self.head(h), gates
 
     def head(self, h):
-        """Hidden states (T, D) -> logits (T, V); a tied head is the embedding matrix itself."""
+        """Hidden states (R, D) -> logits (R, V); a tied head is the embedding matrix itself."""
         return F.linear(h, (self.lm_head or self.decoder.embed_tokens).weight)
 
     def cross_entropy(self, h, targets):
@@ -1238,7 +1238,8 @@ def map_keys(names, shapes, model):
         groups.append(("projector.", "image_newline"))
     absent = tuple(p for group in groups if not any(name.startswith(group) for name in mapping) for p in group)
     fresh = sorted({name.split(".")[0] for name in expected if name.startswith(absent)})
-    problems["missing"] = [name for name in expected if name not in have and not name.startswith(absent)]
+    problems["missing"] = [f"{name} {list(shape)}" for name, shape in expected.items()
+                           if name not in have and not name.startswith(absent)]
     if any(problems.values()):
         raise InputError("the weights do not fit the model: " + " | ".join(
             f"{len(found)} {what}: {'; '.join(grouped(found))}" for what, found in problems.items() if found))

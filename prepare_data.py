@@ -397,7 +397,7 @@ def read_tokenizer(source) -> str:
             path = Path(hf_hub_download(source, "tokenizer.json"))
         return cli.Tokenizer(path.read_bytes().decode()).json
     except Exception as e:  # the libraries have errors of their own, down to bare Exception
-        raise InputError(f"{path}: not a tokenizer.json: {cli.first_line(e)}") from e
+        raise InputError(f"{path}: no usable tokenizer.json: {cli.first_line(e)}") from e
 
 
 def sha256(data: bytes) -> str:
@@ -509,7 +509,7 @@ def main(argv=None) -> None:
     add = command("onevision", onevision_command, f"{HUB}, from the hub (needs pyarrow)", bundled, 0, 1000)
     add("--subset", action="append", help="only this subset; may be repeated, beside --group too")
     add("--group", action="append", choices=list(GROUPS), help="only this group; may be repeated")
-    add("--samples", type=int, help="rows in all, shared out over the groups (default: every row)")
+    add("--samples", type=int, help="rows in all, shared out over the groups as far as they go (default: all)")
     add("--from", type=Path, dest="source", metavar="DIR", help="a local copy: DIR/SUBSET/*.parquet")
     args = parser.parse_args(argv)
     numbers = [value for name, value in vars(args).items() if isinstance(value, (int, float)) and name != "seed"]

@@ -100,7 +100,7 @@ class TrainConfig:
     muon: float = setting(0.0, "train the matrices of the blocks with Muon at so many times their rate; 0: with AdamW")
     gate_start: float = setting(0.0, "share of the steps for which the gates stay as they are while AMP learns")
     warmup: float = setting(0.03, "share of the steps over which the learning rate rises; then cosine to 0")
-    weight_decay: float = setting(0.0, "AdamW's, on matrices only")
+    weight_decay: float = setting(0.0, "decoupled, on matrices only")
     beta2: float = setting(0.99, "AdamW's second beta")
     clip: float = setting(1.0, "largest norm of the gradient; 0: any")
     checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, a third more time")
@@ -826,7 +826,7 @@ def parse(argv):
     parser.add_argument("--evaluate", metavar="MODEL", help="score a model on the validation splits; train nothing")
     parser.add_argument("--blind_model", help="the model trained with --blind to put beside it (with --evaluate)")
     parser.add_argument("--questions", type=int, default=0, help="score the first N of each split (0: all; quick: 250)")
-    parser.add_argument("--ranks", type=int, default=0, help="processes on a CPU (0: two on two cores, on Windows one)")
+    parser.add_argument("--ranks", type=int, default=0, help="processes on a CPU (0: two, on Windows or one core one)")
     parser.add_argument("--readme", help="write the tables of --evaluate between the marks in this file too")
     for name, f in fields.items():
         default = f.default_factory()

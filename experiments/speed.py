@@ -30,6 +30,7 @@ Writes speed-SIZE-DEVICE-DTYPE.jsonl in out/speed, with --readme in experiments/
 process as it ends, then a line a figure and a line a target. A run that was stopped starts anew.
 """
 import argparse
+import contextlib
 import dataclasses
 import functools
 import gc
@@ -130,6 +131,16 @@ def load_ours(args, device, dtype, fusion="none"):
     return model
 
 
+def clocked(model, prompts, images, steps, device, cache=None):
+    """Greedy decoding -> seconds of each step, with the first one's prefill, and the first sequence's ids."""
+    times, ids, last = [], [], now(device)
+    for step in model.generate(prompts, images, steps, repetition_penalty=1, cache=cache):
+        times.append(now(device) - last)
+        ids.append(step[0])
+        last = now(device)
+    return times, ids
+
+
 def work(model, lengths=(), tokens=0, crops=0):
     """-> bytes that a decode step at these cached lengths reads, operations of prefill and of vision encoding"""
     def size(module):  # of its matrices
@@ -182,12 +193,7 @@ def measure_ours(args, device, dtype, fusion):
     prompt = [*TEXT[:15], IMAGE_TOKEN, *TEXT[15:]]
 
     def generate(prompts, images=None, cache=None):
-        times, ids, last = [], [], now(device)
-        for step in model.generate(prompts, images, args.steps, repetition_penalty=1, cache=cache):
-            times.append(now(device) - last)
-            ids.append(step[0])
-            last = now(device)
-        return times, ids
+        return clocked(model, prompts, images, args.steps, device, cache)
 
     def on_filled_cache(lengths):
         cache = KVCache(model.config.decoder, len(lengths), max(lengths) + args.steps + 1, device, dtype)
@@ -398,22 +404,26 @@ def table(samples, m, head):
             lines += ["", f"1152 x 1152 through {name}: {show(m['none'][f'attend {name}'])} s, logits at most "
                           f"{m['none'][f'difference {name}']:.1e} of the largest one from SDPA's."]
     limits, same = m["limits"], m["none"]["first"] == m["transformers"]["first"]
-    return [*lines, "", f"{head['size']}, {head['dtype']}, {head['machine']}, {head['threads']} threads; torch "
-            f"{head['torch']}, transformers {head['transformers']}, Python {head['python']}; commit "
-            f"{head['commit'][:16]}{head['commit'][40:]}; {head['rounds']} rounds. "
-            f"Limits: copy {limits['copy'] / 1e9:.1f} GB/s, "
+    return [*lines, "", described(head) + f" Limits: copy {limits['copy'] / 1e9:.1f} GB/s, "
             f"matrix-vector {limits['matvec'] / 1e9:.1f} GB/s, matrix-matrix {limits['matmat'] / 1e9:,.0f} GFLOP/s. "
             f"{'The same' if same else 'Not the same'} first token on both sides. Decoding is the same code with and "
             f"without fusion; in one round its rates differed by a factor of {min(noise):.2f} to {max(noise):.2f}."]
 
 
-def in_process(side, args):
-    """Measure one side in a process of its own -> {figure: value}"""
-    command = [sys.executable, __file__, "--size", args.size, "--device", args.device, "--dtype", args.dtype,
-               "--folder", str(args.folder), "--side", side]
+def described(head):
+    """What was measured on what, for people to read."""
+    packages = ", ".join(f"{name} {head[name]}" for name in ("torch", "transformers") if name in head)
+    return (f"{head['size']}, {head['dtype']}, {head['machine']}, {head['threads']} threads; {packages}, Python "
+            f"{head['python']}; commit {head['commit'][:16]}{head['commit'][40:]}; {head['rounds']} rounds.")
+
+
+def in_process(script, args, flag, value):
+    """What a process of its own prints in its last line, as JSON: it gets our flags and one hidden one."""
+    command = [sys.executable, script, "--size", args.size, "--device", args.device, "--dtype", args.dtype,
+               "--folder", str(args.folder), flag, str(value)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise InputError(f"{side}: {(done.stderr.strip().splitlines() or ['killed'])[-1]}")
+        raise InputError(f"{flag} {value}: {(done.stderr.strip().splitlines() or ['killed'])[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -445,27 +455,40 @@ def medians(samples, device, dtype):
     return m
 
 
-def run(args, device, dtype):
-    """All rounds -> (machine and settings, {side: [figures of a round]}, their medians); every line goes to the results
-    as it comes."""
+def about(args, device, dtype, *packages):
+    """The machine and what is measured on it, as JSON."""
     machine = torch.cuda.get_device_name() if device.type == "cuda" else processor()
-    versions = {name: version(name) for name in ("torch", "transformers")}
-    head = {"size": args.size, "device": device.type, "dtype": str(dtype).removeprefix("torch."), "machine": machine,
-            "threads": torch.get_num_threads(), "python": platform.python_version(), **versions, "commit": commit(),
-            "rounds": args.rounds}
+    return {"size": args.size, "device": device.type, "dtype": str(dtype).removeprefix("torch."), "machine": machine,
+            "threads": torch.get_num_threads(), "python": platform.python_version(),
+            **{name: version(name) for name in packages}, "commit": commit(), "rounds": args.rounds}
+
+
+@contextlib.contextmanager
+def results_file(name, args, head):
+    """Yields write(line) for NAME-SIZE-DEVICE-DTYPE.jsonl, where the head stands already; a run that is killed leaves
+    the file of the one before."""
     folder = HERE / ("experiments/results" if args.readme else "out/speed")  # a published table's file, or another
-    path = folder / f"speed-{args.size}-{device.type}-{head['dtype']}.jsonl"
+    path = folder / f"{name}-{args.size}-{head['device']}-{head['dtype']}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")  # a run that is killed leaves the file of the one before
+    part = path.with_suffix(".part")
     with open(part, "w", encoding="utf-8") as file:
         def write(line):
             print(json.dumps(line), file=file, flush=True)
 
         write(head)
+        yield write
+    part.replace(path)
+
+
+def run(args, device, dtype):
+    """All rounds -> (machine and settings, {side: [figures of a round]}, their medians); every line goes to the results
+    as it comes."""
+    head = about(args, device, dtype, "torch", "transformers")
+    with results_file("speed", args, head) as write:
         samples = {side: [] for side in SIDES}
         for n in range(args.rounds):
             for side in SIDES:
-                samples[side].append(in_process(side, args))
+                samples[side].append(in_process(__file__, args, "--side", side))
                 write({"round": n, "side": side, **samples[side][-1]})
                 print(f"round {n + 1} of {args.rounds}: {side} done", file=sys.stderr)
         m = medians(samples, device, dtype)
@@ -475,40 +498,50 @@ def run(args, device, dtype):
                        "percent_of_limit": m["share"].get(figure)})
         for what, value, bound in targets(samples, m, device):
             write({"target": what, "reached": value, "at most" if bound < 0 else "at least": abs(bound)})
-    part.replace(path)
     return head, samples, m
 
 
-def main():
-    parser = cli.Parser(description=__doc__)
-    parser.add_argument("--size", choices=("nano", "0.5b", "7b"), default="0.5b", help="of the random model")
+def add_flags(parser, hidden, **kwargs):
+    parser.add_argument("--size", choices=("nano", "0.5b", "7b"), default="0.5b",
+                        help="of the random model (nano: two narrow layers each)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps or auto (default)")
     parser.add_argument("--dtype", choices=("auto", *cli.DTYPES), default="auto", help="default: what the device likes")
-    parser.add_argument("--rounds", type=int, default=3, help="each round measures every side once (default 3)")
+    parser.add_argument("--rounds", type=int, default=3, help="each round measures everything once (default 3)")
     parser.add_argument("--folder", type=Path, help="where the checkpoint is or shall be (default: made, then removed)")
-    parser.add_argument("--readme", help="write the table there, between <!-- speed DEVICE DTYPE --> and <!-- end -->")
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    parser.add_argument("--readme", help="write the table there, between its marks <!-- ... --> and <!-- end -->")
+    parser.add_argument(hidden, help=argparse.SUPPRESS, **kwargs)  # for the processes that measure
+
+
+def settle(args, name):
+    """Flags of add_flags, checked -> (device, dtype, the table's mark: name, device and dtype); sets args.steps."""
     device, _ = cli.pick_device(args.device)
     dtype, _ = cli.pick_dtype(args.dtype, device)
     if args.rounds < 1:
         raise InputError("--rounds must be at least 1")
     args.steps = 100 if device.type == "cuda" else 16
+    mark = f"{name} {device.type} {str(dtype).removeprefix('torch.')}"
+    if args.readme and (args.size == "nano" or f"<!-- {mark} -->" not in Path(args.readme).read_text(encoding="utf-8")):
+        raise InputError(f"--readme {args.readme}: it has no line <!-- {mark} -->, or --size is nano")
+    return device, dtype, mark
+
+
+def main():
+    parser = cli.Parser(description=__doc__)
+    add_flags(parser, "--side", choices=SIDES)
+    args = parser.parse_args()
+    device, dtype, mark = settle(args, "speed")
     if args.side:
         measures = {"limits": measure_limits, "transformers": measure_transformers}
         f = measures.get(args.side) or functools.partial(measure_ours, fusion=args.side)
         return print(json.dumps(f(args, device, dtype)))
-    mark = f"speed {device.type} {str(dtype).removeprefix('torch.')}"
-    if args.readme and (args.size == "nano" or f"<!-- {mark} -->" not in Path(args.readme).read_text(encoding="utf-8")):
-        raise InputError(f"--readme {args.readme}: it has no line <!-- {mark} -->, or --size is nano")
     if not importlib.util.find_spec("transformers"):
         raise InputError("transformers is not installed: pip install transformers")
     with tempfile.TemporaryDirectory() as temporary:
         args.folder = args.folder or Path(temporary) / args.size
         prepare(args)
         head, samples, m = run(args, device, dtype)
-    lines = table(samples, m, head)
-    print("\n".join([*lines, "", *targets_table(samples, m, device)]))
+    lines = [*table(samples, m, head), "", *targets_table(samples, m, device)]
+    print("\n".join(lines))
     if args.readme:
         put_between_marks(args.readme, {mark: lines})
 

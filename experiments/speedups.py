@@ -1,0 +1,186 @@
+"""What every measure that cli.py takes for speed and memory gains on this machine.
+
+    python experiments/speedups.py --size nano              about a minute: to see that it runs
+    python experiments/speedups.py --dtype bfloat16 --readme README.md
+
+Starts from the plain form of all of them, as written out below, and then takes one more at a time, so that the last
+line of the table is cli.py itself. One sequence: a picture of 384 x 384 pixels (1,485 visual tokens, prepared
+beforehand) and 30 tokens of text, random weights, a fresh `cli` fusion, greedy decoding. Every line is measured in a
+process of its own, in several rounds in turn, and is the median of the rounds. First token: the median of two, after
+one that is not counted. Decode: at about 1,500 cached tokens. Peak memory covers loading and all of this.
+
+Writes speedups-SIZE-DEVICE-DTYPE.jsonl in out/speed, with --readme in experiments/results: the machine, then a line a
+process as it ends. A run that was stopped starts anew.
+"""
+import json
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+
+HERE = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(HERE))
+import cli  # noqa: E402
+from cli import CLI, IMAGE_TOKEN, KVCache  # noqa: E402
+from experiments import speed  # noqa: E402
+from train import markdown, put_between_marks  # noqa: E402
+
+FIGURES = {"load": "load, s", "prefill": "first token, s", "decode": "decode, tokens/s", "peak": "peak memory, GiB"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The plain forms: each puts back what cli.py would do without the measure
+
+
+def read_weights_whole():
+    mapped = cli.load_file
+    cli.load_file = lambda path: {name: tensor.clone() for name, tensor in mapped(path).items()}
+
+
+def encode_every_crop():
+    cli.count_crops = lambda size, grid: 1 + grid[0] * grid[1] if grid else 1
+
+
+def attend_to_patches_fused():
+    cli.CPU_BFLOAT16 = False
+
+
+def project_every_route():
+    """eq. 4-5 for every pair of decoder layer and level anew, and packed in the decoder's width."""
+    def see(self, pictures, stream):
+        fusion, final = self.config.fusion, self.config.vision.num_hidden_layers
+        taps = self.vision(torch.cat([p.crops for p in pictures]).to(self.device, self.dtype), {final, *fusion.levels})
+
+        def v_hat(l, levels):
+            for adapter, k in zip(self.amp[str(l)], levels):
+                low_rank = adapter.B(adapter.A(taps[k]) * (fusion.lora_alpha / fusion.lora_rank))
+                yield stream.pack(self.projector(taps[k]) + low_rank, self.image_newline)
+
+        return stream.pack(self.projector(taps[final]), self.image_newline), v_hat
+
+    CLI.see = see
+
+
+def project_keys_and_values():
+    """eq. 6-7 as they stand: nn.MultiheadAttention projects all keys and values for its one query."""
+    def read(mha, query, x, mask):
+        x = x.transpose(0, 1)  # (M, B, D)
+        query = query.to(x.dtype).expand(1, x.shape[1], -1)
+        return mha(query, x, x, key_padding_mask=~mask, need_weights=False)[0][0]
+
+    cli.read = read
+
+
+def keep_levels():
+    """Vision levels that live until the answer is there."""
+    see = CLI.see
+
+    def see_and_keep(self, pictures, stream):
+        self.kept = see(self, pictures, stream)
+        return self.kept
+
+    CLI.see = see_and_keep
+
+
+def score_all_positions():
+    """Logits of the whole prompt, of which one is wanted."""
+    forward = CLI.forward
+
+    def forward_all(self, *args, select=None, **kwargs):
+        logits, gates = forward(self, *args, **kwargs)
+        return logits[-1:] if select == "last" else logits, gates
+
+    CLI.forward = forward_all
+
+
+def repeat_keys():
+    """A decode step's keys and values copied for every query head."""
+    attend = KVCache.attend
+
+    def attend_repeated(self, layer, positions, q, k, v, seqlens):
+        if len(q) > 1:
+            return attend(self, layer, positions, q, k, v, seqlens)
+        for whole, new in ((self.k, k), (self.v, v)):
+            whole[layer, 0, :, self.lengths[0]] = new[0]
+        keys, values = (x[layer, :, :, : self.lengths[0] + 1].repeat_interleave(q.shape[1] // k.shape[1], 1)
+                        for x in (self.k, self.v))
+        return F.scaled_dot_product_attention(q[:, :, None], keys, values)[:, :, 0]
+
+    KVCache.attend = attend_repeated
+
+
+MEASURES = (  # in the order in which they are taken
+    ("weights mapped into memory", read_weights_whole),
+    ("logits, and the last layer behind its attention, of the last position alone", score_all_positions),
+    ("eq. 6-7 with the projections of their one query folded", project_keys_and_values),
+    ("MLP(V_k) once a level; of the adapters only the r channels of A V_k packed", project_every_route),
+    ("the levels freed with the last injection", keep_levels),
+    ("a square picture's only tile not encoded again", encode_every_crop),
+    ("attention between patches in blocks of 128 queries (CPU, bfloat16)", attend_to_patches_fused),
+    ("decoding: a key/value head's queries as one block, no key copied", repeat_keys),
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+def measure(args, device, dtype):
+    """With the first args.taken measures -> {figure: value, "first": id of the first token}."""
+    for _, undo in MEASURES[args.taken:]:
+        undo()
+    start = speed.now(device)
+    model = speed.load_ours(args, device, dtype, "cli")
+    load = speed.now(device) - start
+    image, prompt, runs = speed.picture(speed.SMALL)[0], [*speed.TEXT[:15], IMAGE_TOKEN, *speed.TEXT[15:]], []
+    for _ in range(3):
+        runs.append(speed.clocked(model, [prompt], [[image]], args.steps, device))
+    return {"load": load, "prefill": median(times[0] for times, _ in runs[1:]),
+            "decode": median(speed.rate(times) for times, _ in runs[1:]), "peak": cli.peak_memory(device),
+            "first": runs[0][1][0]}
+
+
+def run(args, device, dtype):
+    """All rounds -> (machine and settings, [[figures of a round] of every line])."""
+    head = speed.about(args, device, dtype, "torch")
+    samples = [[] for _ in range(len(MEASURES) + 1)]
+    with speed.results_file("speedups", args, head) as write:
+        for n in range(args.rounds):
+            for taken, some in enumerate(samples):
+                some.append(speed.in_process(__file__, args, "--taken", taken))
+                write({"round": n, "measures": [name for name, _ in MEASURES[:taken]], **some[-1]})
+                print(f"round {n + 1} of {args.rounds}: {taken} of {len(MEASURES)} measures done", file=sys.stderr)
+    return head, samples
+
+
+def table(head, samples):
+    names = ["none of these", *("+ " + name for name, _ in MEASURES)]
+    rows = [[name, *(speed.show(median(x[figure] for x in some)) for figure in FIGURES)]
+            for name, some in zip(names, samples)]
+    firsts = {x["first"] for some in samples for x in some}
+    return [*markdown(["measure", *FIGURES.values()], rows), "", speed.described(head) +
+            f" {'The same' if len(firsts) == 1 else 'Not the same'} first token in every line."]
+
+
+def main():
+    parser = cli.Parser(description=__doc__)
+    speed.add_flags(parser, "--taken", type=int)
+    args = parser.parse_args()
+    device, dtype, mark = speed.settle(args, "speedups")
+    if args.taken is not None:
+        return print(json.dumps(measure(args, device, dtype)))
+    with tempfile.TemporaryDirectory() as temporary:
+        args.folder = args.folder or Path(temporary) / args.size
+        speed.prepare(args)
+        head, samples = run(args, device, dtype)
+    lines = table(head, samples)
+    print("\n".join(lines))
+    if args.readme:
+        put_between_marks(args.readme, {mark: lines})
+
+
+if __name__ == "__main__":
+    cli.run_program(main)
