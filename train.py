@@ -147,7 +147,7 @@ NANO_STAGES = {
              "gate_start": 0.3, "muon": 10.0, "lr_vision": 0.0},
     "blind": {"split": "train", "steps": 500, "blind": True, "muon": 10.0},
 }
-QUICK_STEPS = {"encode": 300, "pretrain": 120, "tune": 120, "blind": 120}
+QUICK_STEPS = {"encode": 260, "pretrain": 90, "tune": 90, "blind": 90}
 RECIPES = {
     "nano": NANO_STAGES, "quick": {name: {**NANO_STAGES[name], "steps": n} for name, n in QUICK_STEPS.items()},
     "paper": {"cli": {  # LLaVA-OneVision's single-image stage with fresh AMP and AGF
