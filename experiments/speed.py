@@ -508,7 +508,7 @@ def add_flags(parser, hidden, **kwargs):
     parser.add_argument("--dtype", choices=("auto", *cli.DTYPES), default="auto", help="default: what the device likes")
     parser.add_argument("--rounds", type=int, default=3, help="each round measures everything once (default 3)")
     parser.add_argument("--folder", type=Path, help="where the checkpoint is or shall be (default: made, then removed)")
-    parser.add_argument("--readme", help="write the table there, between its marks <!-- ... --> and <!-- end -->")
+    parser.add_argument("--readme", help="write the table there, between <!-- NAME DEVICE DTYPE --> and <!-- end -->")
     parser.add_argument(hidden, help=argparse.SUPPRESS, **kwargs)  # for the processes that measure
 
 

@@ -1,13 +1,14 @@
-"""What every measure that cli.py takes for speed and memory gains on this machine.
+"""What the measures that cli.py takes for speed and memory gain on this machine.
 
     python experiments/speedups.py --size nano              about a minute: to see that it runs
     python experiments/speedups.py --dtype bfloat16 --readme README.md
 
 Starts from the plain form of all of them, as written out below, and then takes one more at a time, so that the last
-line of the table is cli.py itself. One sequence: a picture of 384 x 384 pixels (1,485 visual tokens, prepared
-beforehand) and 30 tokens of text, random weights, a fresh `cli` fusion, greedy decoding. Every line is measured in a
-process of its own, in several rounds in turn, and is the median of the rounds. First token: the median of two, after
-one that is not counted. Decode: at about 1,500 cached tokens. Peak memory covers loading and all of this.
+line of the table is cli.py itself; in another order they would share the gain out otherwise. One sequence: a picture of
+384 x 384 pixels (1,485 visual tokens, prepared beforehand) and 30 tokens of text, random weights, a fresh `cli` fusion,
+greedy decoding. Every line is measured in a process of its own, in several rounds, each of which begins with another
+line; the table has the median of the rounds, the lowest and the highest. First token: the median of two, after one that
+is not counted. Decode: at about 1,500 cached tokens. Peak memory covers loading and all of this.
 
 Writes speedups-SIZE-DEVICE-DTYPE.jsonl in out/speed, with --readme in experiments/results: the machine, then a line a
 process as it ends. A run that was stopped starts anew.
@@ -35,7 +36,8 @@ FIGURES = {"load": "load, s", "prefill": "first token, s", "decode": "decode, to
 # The plain forms: each puts back what cli.py would do without the measure
 
 
-def read_weights_whole():
+def copy_weights():
+    """The file's tensors and a model's of its own side by side, as load_state_dict() without assign has them."""
     mapped = cli.load_file
     cli.load_file = lambda path: {name: tensor.clone() for name, tensor in mapped(path).items()}
 
@@ -49,7 +51,7 @@ def attend_to_patches_fused():
 
 
 def project_every_route():
-    """eq. 4-5 for every pair of decoder layer and level anew, and packed in the decoder's width."""
+    """eq. 4-5 for every pair of decoder layer and level anew, the MLP too."""
     def see(self, pictures, stream):
         fusion, final = self.config.fusion, self.config.vision.num_hidden_layers
         taps = self.vision(torch.cat([p.crops for p in pictures]).to(self.device, self.dtype), {final, *fusion.levels})
@@ -62,6 +64,15 @@ def project_every_route():
         return stream.pack(self.projector(taps[final]), self.image_newline), v_hat
 
     CLI.see = see
+
+
+def pack_wide():
+    """The adapters' part of eq. 5 packed in the decoder's width, as the MLP's is."""
+    def forward(self, taps, projected, stream, l, levels):
+        for adapter, k in zip(self[str(l)], levels):
+            yield projected[k] + stream.pack(adapter.B(adapter.A(taps[k]) * (self.cfg.lora_alpha / self.cfg.lora_rank)))
+
+    cli.AMP.forward = forward
 
 
 def project_keys_and_values():
@@ -79,6 +90,7 @@ def keep_levels():
     see = CLI.see
 
     def see_and_keep(self, pictures, stream):
+        self.kept = None  # those of the picture before
         self.kept = see(self, pictures, stream)
         return self.kept
 
@@ -113,12 +125,13 @@ def repeat_keys():
 
 
 MEASURES = (  # in the order in which they are taken
-    ("weights mapped into memory", read_weights_whole),
+    ("weights used where the file is mapped into memory, not copied", copy_weights),
     ("logits, and the last layer behind its attention, of the last position alone", score_all_positions),
-    ("eq. 6-7 with the projections of their one query folded", project_keys_and_values),
-    ("MLP(V_k) once a level; of the adapters only the r channels of A V_k packed", project_every_route),
-    ("the levels freed with the last injection", keep_levels),
     ("a square picture's only tile not encoded again", encode_every_crop),
+    ("eq. 6-7 with the projections of their one query folded", project_keys_and_values),
+    ("MLP(V_k) once a level, however many layers take it", project_every_route),
+    ("of the adapters only the r channels of A V_k packed", pack_wide),
+    ("the levels freed with the last injection", keep_levels),  # wraps CLI.see: behind what replaces it
     ("attention between patches in blocks of 128 queries (CPU, bfloat16)", attend_to_patches_fused),
     ("decoding: a key/value head's queries as one block, no key copied", repeat_keys),
 )
@@ -149,17 +162,20 @@ def run(args, device, dtype):
     samples = [[] for _ in range(len(MEASURES) + 1)]
     with speed.results_file("speedups", args, head) as write:
         for n in range(args.rounds):
-            for taken, some in enumerate(samples):
-                some.append(speed.in_process(__file__, args, "--taken", taken))
-                write({"round": n, "measures": [name for name, _ in MEASURES[:taken]], **some[-1]})
-                print(f"round {n + 1} of {args.rounds}: {taken} of {len(MEASURES)} measures done", file=sys.stderr)
+            for i in range(len(samples)):
+                taken = (i + n * len(samples) // args.rounds) % len(samples)
+                samples[taken].append(speed.in_process(__file__, args, "--taken", taken))
+                write({"round": n, "measures": [name for name, _ in MEASURES[:taken]], **samples[taken][-1]})
+                print(f"round {n + 1} of {args.rounds}: line {i + 1} of {len(samples)} done", file=sys.stderr)
     return head, samples
 
 
 def table(head, samples):
+    def cell(values):
+        return f"{speed.show(median(values))} ({speed.show(min(values))} to {speed.show(max(values))})"
+
     names = ["none of these", *("+ " + name for name, _ in MEASURES)]
-    rows = [[name, *(speed.show(median(x[figure] for x in some)) for figure in FIGURES)]
-            for name, some in zip(names, samples)]
+    rows = [[name, *(cell([x[figure] for x in some]) for figure in FIGURES)] for name, some in zip(names, samples)]
     firsts = {x["first"] for some in samples for x in some}
     return [*markdown(["measure", *FIGURES.values()], rows), "", speed.described(head) +
             f" {'The same' if len(firsts) == 1 else 'Not the same'} first token in every line."]
