@@ -1,6 +1,6 @@
 """What the measures that cli.py takes for speed and memory gain on this machine.
 
-    python experiments/speedups.py --size nano              about a minute: to see that it runs
+    python experiments/speedups.py --size nano              some minutes: to see that it runs
     python experiments/speedups.py --dtype bfloat16 --readme README.md
 
 Starts from the plain form of all of them, as written out below, and then takes one more at a time, so that the last
@@ -172,7 +172,8 @@ def run(args, device, dtype):
 
 def table(head, samples):
     def cell(values):
-        return f"{speed.show(median(values))} ({speed.show(min(values))} to {speed.show(max(values))})"
+        middle, low, high = (speed.show(f(values)) for f in (median, min, max))
+        return middle if low == high else f"{middle} ({low} to {high})"
 
     names = ["none of these", *("+ " + name for name, _ in MEASURES)]
     rows = [[name, *(cell([x[figure] for x in some]) for figure in FIGURES)] for name, some in zip(names, samples)]
