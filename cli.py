@@ -548,7 +548,7 @@ def pack_picture(x, newline, picture, config):
         return torch.cat([x[0], newline[None]]) if config.newline else x[0]
     gw, gh = picture.grid
     (top, bottom, left, right), (h, w) = kept_area(picture.size, picture.grid, side, config.max_tiles)
-    tiles = x[-gw * gh :].reshape(gh, gw, side, side, C)
+    tiles = x[-gw * gh :].reshape(gh, gw, side, side, C)  # of a single crop: the whole picture again
     tiles = tiles.transpose(1, 2).reshape(gh * side, gw * side, C)[top:bottom, left:right]
     if tiles.shape[:2] != (h, w):
         small = F.interpolate(tiles.permute(2, 0, 1)[None].float(), (h, w), mode="bilinear")[0]
