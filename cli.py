@@ -644,8 +644,9 @@ class AMP(nn.ModuleDict):
 # AGF, Adaptive Gating Fusion (eq. 6-8)
 
 
-def read(mha, query, x, mask):
-    """MultiHeadAttention(query, x, x) for one learned query (eq. 6-7): x (B, M, D), mask bool[B, M] -> (B, D).
+def read(mha, query, x, mask, seqlens):
+    """MultiHeadAttention(query, x, x) for one learned query (eq. 6-7), each sequence alone: x (T, D), mask bool[T] ->
+    (B, D).
 
     The numbers are nn.MultiheadAttention's, the work about a hundredth: with a single query the key projection folds
     into it, q (W x) = (q W) x, and the value projection can follow the pooling. The key bias adds the same to every
@@ -656,7 +657,9 @@ def read(mha, query, x, mask):
     bq, _, bv = mha.in_proj_bias.chunk(3)
     q = (wq @ query + bq).view(H, 1, -1) / math.sqrt(D // H)
     folded = (q @ wk.view(H, -1, D).to(q.dtype))[:, 0]  # (H, D)
-    scores = (x @ folded.T.to(x.dtype)).float().masked_fill(~mask[..., None], torch.finfo(torch.float32).min)
+    x = x.to(folded.dtype)  # here, where autocast would do it for both products, and behind the padding
+    scores, mask, x = (by_sequence(y, seqlens) for y in (x @ folded.T, mask, x))
+    scores = scores.float().masked_fill(~mask[..., None], torch.finfo(torch.float32).min)  # (B, M, H)
     pooled = scores.softmax(dim=1).to(x.dtype).transpose(1, 2) @ x  # (B, H, D)
     values = torch.einsum("bhD,hdD->bhd", pooled, wv.view(H, -1, D).to(pooled.dtype)) + bv.view(H, -1)
     return mha.out_proj(values.flatten(1))
@@ -677,9 +680,8 @@ class AGF(nn.Module):
         """v_hat, h (T, D) -> W float32[B, 1] in [0, 1], one per sequence, or float32[B, D] with gate="vector"."""
         if self.cfg.agf_norm:
             v_hat, h = (F.rms_norm(x, x.shape[-1:], eps=1e-6) for x in (v_hat, h))
-        v_hat, visual, h, context = (by_sequence(x, stream.seqlens) for x in (v_hat, stream.visual, h, stream.context))
-        v_att = read(self.attn, self.query_v, v_hat, visual)  # eq. 6
-        h_att = read(self.attn_h or self.attn, self.query_h, h, context)  # eq. 7
+        v_att = read(self.attn, self.query_v, v_hat, stream.visual, stream.seqlens)  # eq. 6
+        h_att = read(self.attn_h or self.attn, self.query_h, h, stream.context, stream.seqlens)  # eq. 7
         # Eq. 8, in float32: in bfloat16 W is 1 from 0.998 on, where a gate would have no gradient left.
         return torch.sigmoid(self.gate(torch.cat([v_att, h_att], dim=-1)).float())
 

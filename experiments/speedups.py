@@ -77,8 +77,8 @@ def pack_wide():
 
 def project_keys_and_values():
     """eq. 6-7 as they stand: nn.MultiheadAttention projects all keys and values for its one query."""
-    def read(mha, query, x, mask):
-        x = x.transpose(0, 1)  # (M, B, D)
+    def read(mha, query, x, mask, seqlens):
+        mask, x = cli.by_sequence(mask, seqlens), cli.by_sequence(x, seqlens).transpose(0, 1)  # (B, M), (M, B, D)
         query = query.to(x.dtype).expand(1, x.shape[1], -1)
         return mha(query, x, x, key_padding_mask=~mask, need_weights=False)[0][0]
 
