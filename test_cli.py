@@ -4968,18 +4968,20 @@ def test_fusion_report_tables():
     where = (answers.splits == "val_seen") & (answers.kinds == "background")  # of every concept the same half
     assert answers.accuracy(("tuned", "deepstack"), where) == (0.5, 0.5, 0.5)
     assert f"| name | 20{' | 100.0' * 8} |" in kinds and fusion_report.main_table(answers, "scratch") == []
-    runs = [result("cli", s, 1e-3, n) for s, n in enumerate((20, 10))]
-    runs += [result("gate=vector", s, 1e-3, n) for s, n in enumerate((14, 10))] + [result("none", 0, 1e-3, 0)]
-    for n, run in enumerate(runs[:4]):
+    runs = [result("cli", s, 1e-3, n) for s, n in enumerate((20, 10, 14))]
+    runs += [result("gate=vector", s, 1e-3, n) for s, n in enumerate((14, 10, 12))]
+    runs += [result("none", s, 1e-3, 0) for s in range(2)]  # CLI's third seed is there for the sweep alone
+    for n, run in enumerate(runs[:6]):
         run |= {"dev_loss": 1.5 + n, "curve": [{"loss": 9.0}, {"loss": 0.5 + n}], "size": [7.0 + n],
                 "gates": {"0": {"mean": [0.25, 0.75], "sd": [0.125, 0.375], "saturated": [0.0, 1.0 / (1 + n)],
                                 "kinds": {}}}}
     answers = fusion_report.Answers(runs, questions)
     (row,) = fusion_report.sweeps_table(answers)[2:]
     cells = [cell.strip() for cell in row.split("|")[1:-1]]
-    assert cells[:3] == ["gate", "scalar", "vector"] and cells[3].startswith("86.7 [")  # 54 and 50 of 60
-    assert cells[4].startswith("-5.0 [") and cells[5] == "-10.0 / +0.0"  # CLI: 60 and 50
-    assert cells[6:] == ["3.000", "4.000", "0: 0.50 (0.25)", "0, 1"]
+    assert cells[:3] == ["gate", "scalar", "vector"] and cells[3].startswith("86.7 [")  # 54, 50 and 52 of 60
+    assert cells[4].startswith("-4.4 [") and cells[5] == "-10.0 / +0.0 / -3.3"  # CLI: 60, 50 and 54
+    assert cells[6:] == ["4.500", "5.500", "0: 0.50 (0.25)", "0, 1, 2"]
+    assert answers.accuracy(("tuned", "cli"))[0] == pytest.approx(55 / 60)  # the main table's two
     (row,) = fusion_report.gates_table(answers, "tuned")[2:]
     cells = [cell.strip() for cell in row.split("|")[1:-1]]
     assert cells == ["CLI", "0", "0.250 0.750", "0.125 0.375", "0.000 0.750", "0.50 / 0.50", "7.5"]
