@@ -657,7 +657,7 @@ def read(mha, query, x, mask, seqlens):
     bq, _, bv = mha.in_proj_bias.chunk(3)
     q = (wq @ query + bq).view(H, 1, -1) / math.sqrt(D // H)
     folded = (q @ wk.view(H, -1, D).to(q.dtype))[:, 0]  # (H, D)
-    x = x.to(folded.dtype)  # here, where autocast would do it for both products, and behind the padding
+    x = x.to(folded.dtype)  # once and before the padding: autocast would do it for each of the products, and after
     scores, mask, x = (by_sequence(y, seqlens) for y in (x @ folded.T, mask, x))
     scores = scores.float().masked_fill(~mask[..., None], torch.finfo(torch.float32).min)  # (B, M, H)
     pooled = scores.softmax(dim=1).to(x.dtype).transpose(1, 2) @ x  # (B, H, D)

@@ -79,11 +79,10 @@ class Answers:
             rate = best_rate(results, regime, variant)
             self.runs[regime, variant] = {r["spec"]["seed"]: r for r in results if (
                 r["spec"]["regime"], r["spec"]["variant"], r["spec"]["rate"]) == (regime, variant, rate)}
-        # A seed that one-to-one lacks is no part of the main table: its CLI is there for the sweeps alone.
-        self.runs["sweeps", "cli"] = self.runs.get(("tuned", "cli"), {})
-        for (regime, variant), runs in self.runs.items():
-            if variant in VARIANTS and regime != "sweeps" and (beside := self.runs.get((regime, "none"))):
-                self.runs[regime, variant] = {seed: r for seed, r in runs.items() if seed in beside}
+        # CLI of seeds that one-to-one lacks is there for the sweeps alone, no part of the main table.
+        found = self.runs["sweeps", "cli"] = self.runs.get(("tuned", "cli"), {})
+        if both := found.keys() & self.runs.get(("tuned", "none"), {}):
+            self.runs["tuned", "cli"] = {seed: found[seed] for seed in sorted(both)}
 
     def of(self, result, right=None):  # -> float[questions]
         right = right or result["right"]
