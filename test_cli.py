@@ -4982,6 +4982,8 @@ def test_fusion_report_tables():
     assert cells[4].startswith("-4.4 [") and cells[5] == "-10.0 / +0.0 / -3.3"  # CLI: 60, 50 and 54
     assert cells[6:] == ["4.500", "5.500", "0: 0.50 (0.25)", "0, 1, 2"]
     assert answers.accuracy(("tuned", "cli"))[0] == pytest.approx(55 / 60)  # the main table's two
+    (row,) = fusion_report.sweeps_by_need_table(answers)[2:]  # of 20 backgrounds 14, 10 and 12, CLI 20, 10 and 14
+    assert row.startswith("| gate | vector | -30.0 / +0.0 / -10.0 | ")
     apart = fusion_report.Answers([*runs[:3], result("none", 9, 1e-3, 0)], questions)  # no seed in common: all stay
     assert len(apart.right(("tuned", "cli"))) == 3 and len(fusion_report.main_table(apart, "tuned")) == 4
     (row,) = fusion_report.gates_table(answers, "tuned")[2:]

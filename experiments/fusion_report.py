@@ -262,6 +262,17 @@ def sweeps_table(answers):
                      "dev loss", "mean W of decoder layers (spread over questions)", "seeds"], rows)
 
 
+def sweeps_by_need_table(answers):
+    """Every seed's difference to CLI, by what a question is about."""
+    found, rows = groups(answers), []
+    for topic, (_, labels) in SWEEPS.items():
+        for label in labels:
+            key = ("tuned", f"{topic}={label}")
+            if (beside := answers.paired(key, ("sweeps", "cli"))) is not None:
+                rows.append([topic, label, *(by_seed(beside[:, where]) for where in found.values())])
+    return markdown(["choice", "here", *(", ".join(group) for group in found)], rows)
+
+
 def figures(args, answers):
     """Draw what there are runs for -> {name: path}."""
     try:
@@ -383,7 +394,9 @@ def report(args):
     for v in INTERVENED:
         lines += pictures(args.page, **{f"gates_{v}": f"{VARIANTS[v][0]}: mean W per kind of question, seed by seed",
                                         f"interventions_{v}": f"{VARIANTS[v][0]}: other weights at inference"})
-    lines += ["### Where the paper is silent", "", *shown(sweeps_table(answers))]
+    lines += ["### Where the paper is silent", "", *shown(sweeps_table(answers)),
+              "Points of accuracy against CLI, each of these seeds, by what a question is about:", "",
+              *shown(sweeps_by_need_table(answers))]
     put_between_marks(args.page, {"fusion": lines})
     used = len({r["spec"]["name"] for runs in answers.runs.values() for r in runs.values()})
     print(f"{len(results)} runs, {len(results) - used} of them at a rate that was not chosen -> {args.readme}, "
