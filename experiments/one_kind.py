@@ -6,8 +6,8 @@
 
 The recipe's last stage (`tune`) with questions of a single kind, several times as many of it as the recipe has time
 for, everything else as it is: what is learned then failed for want of practice, what is not, for another reason. One
-JSON file a kind; the same command goes on with those that are missing. Those in experiments/results/one_kind are of the
-second run that the README tells of; it got its table from them with --readme.
+JSON file a kind; the same command goes on with those that are missing. Those in experiments/results/one_kind are of
+the run in float32 that the README tells of; it got its table from them with --readme.
 """
 
 import json
