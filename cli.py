@@ -324,7 +324,10 @@ def attention(q, k, v, causal=False):
     if q.device.type != "cpu" or not blocks_pay or q.dtype == torch.bfloat16 and not CPU_BFLOAT16:
         if q.shape[1] != k.shape[1]:  # without flash, CUDA's only kernel for enable_gqa makes all T x T scores
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        mask = None
+        if causal and q.device.type == "mps":  # whose is_causal can let float16 see what follows: PyTorch issue 195910
+            causal, mask = False, torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
     # On a CPU spelled out, 128 queries at a time, whose scores stay in the processor's cache: where that was measured,
     # the fused kernel's forward pass in bfloat16 took twice as long, its backward pass in float32 up to seven times.
     # A decoder's prompt goes to the fused kernel all the same, which keeps bfloat16's scores in float32: Qwen2's keys
@@ -383,8 +386,9 @@ class KVCache:
 
     def reserve(self, length):
         """Room for `length` positions, keeping what is there."""
-        if (more := length - self.k.shape[3]) > 0:
-            self.k, self.v = F.pad(self.k, (0, 0, 0, more)), F.pad(self.v, (0, 0, 0, more))
+        if (more := length - self.k.shape[3]) > 0:  # flat: PyTorch pads five dimensions wrongly on MPS (issue 194922)
+            longer = (F.pad(x.flatten(0, 2), (0, 0, 0, more)) for x in (self.k, self.v))
+            self.k, self.v = (x.unflatten(0, self.k.shape[:3]) for x in longer)
 
     def attend(self, layer, positions, q, k, v, seqlens):
         """As attend() above, behind what is cached of each sequence; positions int64[T]: those of q in their sequences.
@@ -1557,7 +1561,10 @@ def pick_device(name):
     """"auto" -> cuda, mps or cpu, whichever is there, and the reason, for people to read."""
     if name != "auto":
         try:
-            return torch.empty(0, device=name).device, "as asked"
+            device = torch.empty(0, device=name).device
+            if device.type == "cuda" and device.index:  # whatever asks for no GPU by its number means this one
+                torch.cuda.set_device(device)
+            return device, "as asked"
         except Exception as e:  # PyTorch's own differ by device
             raise InputError(f"device {name!r} cannot be used: {first_line(e).split('. ')[0]}") from e
     if torch.cuda.is_available():

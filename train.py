@@ -947,14 +947,15 @@ def main():
         if "by peer" in str(e):  # closed or reset: what a collective says when the other side is gone
             raise InputError("another process of this run ended; with --ranks 1 the same command says why") from e
         raise
-    if not args.config and args.recipe in ("nano", "quick") and (not dist.is_initialized() or dist.get_rank() == 0):
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    if dist.is_initialized():  # by all at once: with NCCL the others would wait for rank 0's scores
+        dist.destroy_process_group()
+    if not args.config and args.recipe in ("nano", "quick") and first:
         print(f"training: {(time.time() - began) / 60:.1f} min")
         torch.set_num_threads(cores)
         by_name = {Path(cfg.out).name: cfg.out for cfg in configs}
         limit = args.questions or (250 if args.recipe == "quick" else 0)
         evaluate(by_name["tune"], by_name["blind"], configs[0].data, args.readme, configs[0].device, limit)
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

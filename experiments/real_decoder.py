@@ -168,6 +168,7 @@ def convert_qwen(packages, out):
     rows = len(state["model.embed_tokens.weight"])
     write_json(partial / "config.json", qwen_config(lambda name: reader.get_field(name).contents(), rows))
     write_json(partial / "generation_config.json", {"do_sample": False, "eos_token_id": [151645, 151643]})
+    reader = tensors = None  # Windows does not remove a file that is mapped
     (partial / "model.gguf").unlink()
     finish(partial, out)
 

@@ -204,7 +204,8 @@ def measure_ours(args, device, dtype, fusion):
 
     small, wide = picture(SMALL)[0], picture(WIDE)[0]
     runs = [generate([prompt], [[small]]) for _ in range(3)]
-    result |= {"cold": result["load"] + runs[0][0][0], "peak": cli.peak_memory(device), "first": runs[0][1][0],
+    result |= {"cold": result["load"] + runs[0][0][0], "peak": cli.peak_memory(device) or np.nan,
+               "first": runs[0][1][0],
                "prefill": median(times[0] for times, _ in runs[1:]),
                "decode": median(rate(times) for times, _ in runs[1:])}
     with torch.inference_mode():
@@ -304,7 +305,8 @@ def measure_transformers(args, device, dtype):
         small, wide = inputs(SMALL), inputs(WIDE)
         length = small["input_ids"].shape[1] + args.steps
         runs = [generate(dict(small), new_cache(False, length)) for _ in range(3)]
-        result |= {"cold": result["load"] + runs[0][0][0], "peak": cli.peak_memory(device), "first": runs[0][1][0]}
+        result |= {"cold": result["load"] + runs[0][0][0], "peak": cli.peak_memory(device) or np.nan,
+                   "first": runs[0][1][0]}
         static = [generate(dict(small), new_cache(True, length)) for _ in range(2)]
         both = (runs[1:], static[1:])
         result["prefill"] = min(median(times[0] for times, _ in some) for some in both)
