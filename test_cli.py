@@ -4806,7 +4806,7 @@ def test_fusion_runs_that_fail_do_not_stop_the_others(tmp_path, monkeypatch, cap
     with pytest.raises(InputError, match=r"2 of 3 runs failed.*(step 3: loss nan|killed: its .* -9 .*memory)"):
         study.execute(argparse.Namespace(results=tmp_path, work=tmp_path, jobs=1), specs)
     assert done == ["bad", "good"]
-    assert parents == 2 * [os.getppid()], "a run outlives a study that is killed"
+    assert parents == 2 * [os.getpid()], "a run outlives a study that is killed"
     told = capsys.readouterr().out
     assert "step 3: loss nan" in told and "killed: its process ended with status -9" in told and "good: 1 min" in told
 

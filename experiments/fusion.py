@@ -496,7 +496,7 @@ def in_process(args, spec, children):
     """A run in a process of its own, so that its memory is its own -> a line about it. Raises InputError."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=tell_run, args=(sender, args, spec))
+    child = context.Process(target=tell_run, args=(sender, args, spec, os.getpid()))
     child.start()
     children.append(child)
     sender.close()
@@ -511,9 +511,9 @@ def in_process(args, spec, children):
     return found
 
 
-def tell_run(sender, args, spec):
+def tell_run(sender, args, spec, parent):  # told by it: it may be gone before this one can ask for its own parent
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
-    threading.Thread(target=train.end_with, args=[os.getppid()], daemon=True).start()  # not to outlive it
+    threading.Thread(target=train.end_with, args=[parent], daemon=True).start()  # not to outlive it
     try:
         sender.send(run_one(args, spec))
     except InputError as e:
