@@ -194,7 +194,7 @@ class Config:
     decoder: DecoderConfig = DecoderConfig()
     fusion: FusionConfig = FusionConfig()
     image_aspect_ratio: str = "anyres_max_9"  # tokens of about 9 crops at most | "anyres": of any number | "pad": one
-    grid_pinpoints: tuple = ()  # canvases (w, h) that anyres may choose from; empty = all from 1x1 to 6x6 crops
+    grid_pinpoints: tuple = ()  # canvases (w, h), in pixels, for anyres to choose from; empty: 1x1 to 6x6 crops
     newline: bool = True  # LLaVA-OneVision ends every row of tiles with a learned vector; LLaVA-1.5 has none
     template: str = "qwen_1_5"  # or "vicuna_v1": TEMPLATES
     eos_token_ids: tuple = (151645, 151643)
@@ -238,7 +238,7 @@ class Config:
 
     @property
     def max_tiles(self):
-        """N of anyres_max_N, or None: packed tiles are shrunk to about N crops' worth of tokens."""
+        """N of anyres_max_N, or None: packed tiles of more than 1.21 N crops' tokens are shrunk to about N crops'."""
         return int(self.image_aspect_ratio[11:]) if self.image_aspect_ratio.startswith("anyres_max_") else None
 
     def to_dict(self):
@@ -430,7 +430,7 @@ def linears(**shapes):
 
 
 class VisionBlock(nn.Module):
-    """x + attention(norm(x)), then x + MLP(norm(x)): (n, P, Dv) -> (n, P, Dv)."""
+    """x + attention(norm(x)), then x + MLP(norm(x)): (n, P, Dv) -> (n, P, Dv), with CLIP's class token P + 1."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -653,7 +653,7 @@ def read(mha, query, x, mask, seqlens):
     (B, D).
 
     The numbers are nn.MultiheadAttention's, the work about a hundredth: with a single query the key projection folds
-    into it, q (W x) = (q W) x, and the value projection can follow the pooling. The key bias adds the same to every
+    into it, q (wk x) = (q wk) x, and the value projection can follow the pooling. The key bias adds the same to every
     score, which softmax does not see. Where the mask is empty the result is finite and meaningless.
     """
     H, D = mha.num_heads, x.shape[-1]
@@ -661,7 +661,7 @@ def read(mha, query, x, mask, seqlens):
     bq, _, bv = mha.in_proj_bias.chunk(3)
     q = (wq @ query + bq).view(H, 1, -1) / math.sqrt(D // H)
     folded = (q @ wk.view(H, -1, D).to(q.dtype))[:, 0]  # (H, D)
-    x = x.to(folded.dtype)  # once and before the padding: autocast would do it for each of the products, and after
+    x = x.to(folded.dtype)  # once, before the padding: autocast would cast for each product, after the padding
     scores, mask, x = (by_sequence(y, seqlens) for y in (x @ folded.T, mask, x))
     scores = scores.float().masked_fill(~mask[..., None], torch.finfo(torch.float32).min)  # (B, M, H)
     pooled = scores.softmax(dim=1).to(x.dtype).transpose(1, 2) @ x  # (B, H, D)
@@ -728,9 +728,9 @@ class Decoder(nn.Module):
     def forward(self, h, seqlens, cache=None, inject=(), inject_at="input", wanted=...):
         """h (T, D): embeddings of the stream -> (R, D) after the final norm.
 
-        inject: {l: function h -> h}, what is let in at the input (or output) of decoder layer l; each is dropped once
-        called, and with the last one the vision levels that they hold. wanted: int64[R], positions (default: all)
-        whose output somebody reads: behind its attention the last layer computes no others, if no injection follows it.
+        inject: {l: function h -> h}, applied at the input (or output) of decoder layer l; each is dropped once called,
+        the last one with the vision levels that they hold. wanted: int64[R], positions whose output is read (default:
+        all); behind its attention the last layer computes only these, unless an injection follows it.
         """
         past = cache.lengths if cache else [0] * len(seqlens)
         positions = torch.cat([torch.arange(p, p + n, device=h.device) for p, n in zip(past, seqlens)])
@@ -809,7 +809,7 @@ class CLI(nn.Module):
                 W = self.agf[str(l)](v, seen, stream)
             else:
                 W = new.new_ones(len(stream.seqlens), 1)
-            # Eq. 9: v is zero at text positions. W in float32, in which the backward pass sums over the tokens.
+            # Eq. 9: v is zero at text positions. W is repeated in float32: there the backward pass sums over tokens.
             new = new + W.repeat_interleave(stream.lens, 0, output_size=len(h)).to(v.dtype) * v
             weights.append(W.detach().mean(-1))
         gates[l] = torch.stack(weights, -1)  # (B, levels)
@@ -877,7 +877,7 @@ class CLI(nn.Module):
                  repetition_penalty=None, seed=0, cache=None):
         """Decode a batch; yields a list of B ids per step, None for a sequence that is over (stop ids are not yielded).
 
-        prompts: list of B id lists; images: list of B lists of PIL images or Pictures; temperature 0 is greedy;
+        prompts: list of B id lists; images: list of B lists of Pictures or what load_image takes; temperature 0: greedy;
         top_k 0 and top_p 1 keep every token; repetition_penalty lowers the scores of ids generated so far (None: the
         checkpoint's). cache: a KVCache to continue (a chat: one prompt); afterwards it holds everything that was fed.
         Raises InputError for an empty prompt, an unknown id, or pictures that do not match their places.
@@ -921,9 +921,9 @@ class CLI(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, prefixes=("",), seed=0):
-        """Fresh values for the parameters under the given prefixes: N(0, 0.02), standard deviation 1 / sqrt(width) for
-        newline vector (as LLaVA), AGF's q, k and v and AMP's A (ours); norms 1, biases 0; AMP's B zero, its full MLPs
-        copies of the projector; AGF's gate at its configured bias. On any device the same values."""
+        """Fresh values for the parameters under the given prefixes: normal, standard deviation 0.02, but 1 /
+        sqrt(width) for the newline vector (as LLaVA), AGF's q, k and v and AMP's A (ours); norms 1, biases 0; AMP's B
+        zero, its full MLPs copies of the projector; AGF's gate at its configured bias. The same on any device."""
         generator = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
             if not name.startswith(tuple(prefixes)):
@@ -951,8 +951,9 @@ class CLI(nn.Module):
         vision: folder or hub id of a separate encoder (bare SigLIP or CLIP; default: what config.json names).
         fusion: a preset's name, fusion_fields what fusion_preset takes beside it, or a FusionConfig: for a checkpoint
         without CLI's own tensors, which start fresh (seed).
-        dtype: None keeps what is stored. key_map: JSON file or dict with "patterns": [[regex, replacement], ...] for
-        names we do not know, and optionally "decoder_layers", "vision_levels" and fields of FusionConfig (see README).
+        dtype: of all weights (None: that of the stored embeddings). key_map: JSON file or dict with "patterns":
+        [[regex, replacement], ...] for names we do not know, and optionally "decoder_layers", "vision_levels" and
+        fields of FusionConfig (see README).
         Raises InputError, for weights that do not fit with every missing, unexpected and misshapen key at once.
         """
         folder = fetch(source)
@@ -977,7 +978,7 @@ class CLI(nn.Module):
             if fusion != "none" and not config.vision:
                 raise InputError(f"{source} has no vision encoder, which a fusion needs: name one with vision")
             depth, levels = config.decoder.num_hidden_layers, config.vision.num_hidden_layers if config.vision else 0
-            # where gates are trained already, what they once started at tells nothing apart
+            # asked for what a checkpoint has already: trained gates count as the same whatever they started at
             bias = config.fusion.gate_bias_init if config.fusion.routes else NEARLY_SHUT
             try:
                 fusion = fusion_preset(fusion, depth, levels, **{"gate_bias_init": bias, **(fusion_fields or {})})
@@ -1411,7 +1412,7 @@ def choose_tiles(size, config, several):
 
 
 def normalise(image, cfg):
-    """PIL RGB -> float32[3, h, w], (x / 255 - mean) / std with the product in float64 as in LLaVA."""
+    """PIL RGB -> float32[3, h, w], (x * (1 / 255) - mean) / std with the product in float64 as in LLaVA."""
     levels = (np.arange(256) * (1 / 255)).astype(np.float32)[:, None]  # all values that a channel can have
     levels = ((levels - np.float32(cfg.image_mean)) / np.float32(cfg.image_std)).T.copy()
     pixels = np.asarray(image)

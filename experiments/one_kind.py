@@ -90,8 +90,8 @@ def table(results):
             lines.append([kind, split, f"{seen:,.0f}", f"{results[kind]['rows']:,}",
                           *(f"{x:.0f}" for x in (percent(known, "blind", "majority"), percent(known, "model"),
                                                  percent(counts, "model")))])
-    return train.markdown(["question", "split", "seen in the last stage, with all kinds", "alone",
-                           "blind or most frequent, %", "with all kinds, %", "alone, %"], lines)
+    return train.markdown(["question", "split", "rows of it in training, with all kinds", "rows, alone",
+                           "blind or most frequent, % right", "with all kinds, % right", "alone, % right"], lines)
 
 
 def main():
