@@ -877,7 +877,7 @@ class CLI(nn.Module):
                  repetition_penalty=None, seed=0, cache=None):
         """Decode a batch; yields a list of B ids per step, None for a sequence that is over (stop ids are not yielded).
 
-        prompts: list of B id lists; images: list of B lists of Pictures or what load_image takes; temperature 0: greedy;
+        prompts: list of B id lists; images: list of B lists of Pictures or what load_image takes; temperature 0 greedy;
         top_k 0 and top_p 1 keep every token; repetition_penalty lowers the scores of ids generated so far (None: the
         checkpoint's). cache: a KVCache to continue (a chat: one prompt); afterwards it holds everything that was fed.
         Raises InputError for an empty prompt, an unknown id, or pictures that do not match their places.
