@@ -4963,6 +4963,33 @@ def test_speed_compares_within_a_round():
     assert load.split(" | ")[4] == "0.90 (0.50 to 2.00)" and "a factor of 0.50 to 1.10." in told
 
 
+def test_speed_gives_both_sides_the_same_work(tmp_path, monkeypatch):
+    """All that the benchmark measures, on a model of two narrow layers: the same parameters and first token on both
+    sides, the same figures, and a table of them."""
+    monkeypatch.setattr(speed, "LONG", 40)
+    monkeypatch.setattr(speed, "BATCHED", 24)
+    timed = speed.timed
+    monkeypatch.setattr(speed, "timed", lambda f, device, *_: timed(f, device, 1))
+    args = argparse.Namespace(size="nano", folder=tmp_path / "weights", steps=4)
+    cpu, full, samples = torch.device("cpu"), torch.float32, {}
+    speed.prepare(args)
+    samples["none"] = [speed.measure_ours(args, cpu, full, "none")]
+    samples["cli"] = [speed.measure_ours(args, cpu, full, "cli")]
+    samples["transformers"] = [speed.measure_transformers(args, cpu, full)]
+    samples["limits"] = [speed.measure_limits(args, cpu, full)]
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as cli.py has it; transformers was measured with it
+    (ours,), (both,), (theirs,) = (samples[side] for side in ("none", "cli", "transformers"))
+    assert ours.keys() == both.keys() == theirs.keys() >= speed.FIGURES.keys() - {"prefill_large"}
+    assert ours["first"] == theirs["first"] and ours["parameters"] < 0.99 * both["parameters"]
+    assert ours["parameters"] == pytest.approx(theirs["parameters"], rel=1e-3)  # which has SigLIP's last norm too
+    m = speed.medians(samples, cpu, full)
+    assert all(0 < value < 1e15 for side in ("limits", "none", "cli", "transformers") for key, value in m[side].items()
+               if key != "first")
+    head = dict.fromkeys(("size", "dtype", "machine", "threads", "torch", "transformers", "python", "commit"), "?")
+    page = "\n".join([*speed.table(samples, m, {**head, "rounds": 1}), *speed.targets_table(samples, m, cpu)])
+    assert "The same first token" in page and all(what in page for what, _, _ in speed.targets(samples, m, cpu))
+
+
 PLAIN_FORMS = [undo for _, undo in speedups.MEASURES]
 
 
