@@ -5109,13 +5109,13 @@ def test_fusion_report_tables():
     for n, run in enumerate(runs[:6]):
         run |= {"dev_loss": 1.5 + n, "curve": [{"loss": 9.0}, {"loss": 0.5 + n}], "size": [7.0 + n],
                 "gates": {"0": {"mean": [0.25, 0.75], "sd": [0.125, 0.375], "saturated": [0.0, 1.0 / (1 + n)],
-                                "kinds": {}}}}
+                                "kinds": {"name": [0.0, 0.1 + 0.2 * (n % 3)], "artist": [0.3 * (n == 5), 0.25]}}}}
     answers = fusion_report.Answers(runs, questions)
     (row,) = fusion_report.sweeps_table(answers)[2:]
     cells = [cell.strip() for cell in row.split("|")[1:-1]]
     assert cells[:3] == ["gate", "scalar", "vector"] and cells[3].startswith("86.7 [")  # 54, 50 and 52 of 60
     assert cells[4].startswith("-4.4 [") and cells[5] == "-10.0 / +0.0 / -3.3"  # CLI: 60, 50 and 54
-    assert cells[6:] == ["4.500", "5.500", "0: 0.50 (0.25)", "0, 1, 2"]
+    assert cells[6:] == ["4.500", "5.500", "s / o / q", "0, 1, 2"]
     assert answers.accuracy(("tuned", "cli"))[0] == pytest.approx(55 / 60)  # the main table's two
     (row,) = fusion_report.sweeps_by_need_table(answers)[2:]  # of 20 backgrounds 14, 10 and 12, CLI 20, 10 and 14
     assert row.startswith("| gate | vector | -30.0 / +0.0 / -10.0 | ")
@@ -5123,7 +5123,7 @@ def test_fusion_report_tables():
     assert len(apart.right(("tuned", "cli"))) == 3 and len(fusion_report.main_table(apart, "tuned")) == 4
     (row,) = fusion_report.gates_table(answers, "tuned")[2:]
     cells = [cell.strip() for cell in row.split("|")[1:-1]]
-    assert cells == ["CLI", "0", "0.250 0.750", "0.125 0.375", "0.000 0.750", "0.50 / 0.50", "7.5"]
+    assert cells == ["CLI", "0", "0.250 0.750", "0.125 0.375", "0.000 0.750", "0.50 s / 0.50 o", "7.5"]
 
 
 def test_fusion_report_without_runs(tmp_path):

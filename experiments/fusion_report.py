@@ -213,6 +213,16 @@ def claims_table(answers, regime):
     return markdown(["claim", "difference", "points", "seeds", "verdict here"], rows)
 
 
+STATES = ("q: they depend on the question (W, a mean over questions of a kind, differs by more than 0.25 between two "
+          "kinds), o: they do not and some W is above 0.25, s: shut")
+
+
+def state(gates):
+    """What became of the gates of a layer in a run: a letter of STATES."""
+    W = np.array(list(gates["kinds"].values()))  # (kinds, levels)
+    return "q" if np.ptp(W, 0).max() > 0.25 else "o" if W.max() > 0.25 else "s"
+
+
 def gates_table(answers, regime):
     rows = []
     for variant in VARIANTS:
@@ -220,7 +230,7 @@ def gates_table(answers, regime):
         for l in runs[0]["gates"] if runs else ():
             cells = [" ".join(f"{x:.3f}" for x in np.mean([r["gates"][l][what] for r in runs], 0))
                      for what in ("mean", "sd", "saturated")]
-            seeds = " / ".join(f"{np.mean(r['gates'][l]['mean']):.2f}" for r in runs)
+            seeds = " / ".join(f"{np.mean(r['gates'][l]['mean']):.2f} {state(r['gates'][l])}" for r in runs)
             rows.append([VARIANTS[variant][0], l, *cells, seeds, f"{np.mean([r['size'][int(l)] for r in runs]):.1f}"])
     return markdown(["variant", "decoder layer", "mean W, level by level", "its spread over questions",
                      "share below 0.01 or above 0.99", "mean W of each seed, in order", "mean norm of h"], rows)
@@ -250,16 +260,14 @@ def sweeps_table(answers):
                 if "dev_loss_gate_sees_answer" in runs[0]:
                     leaky = np.mean([r["dev_loss_gate_sees_answer"] for r in runs])
                     dev += f" ({leaky:.3f} if the gate sees the answer)"
-                W = {l: [np.mean([r["gates"][l][what] for r in runs]) for what in ("mean", "sd")]
-                     for l in runs[0]["gates"]}
                 rows.append([topic, usual, label, percent(answers.accuracy(key)),
                              percent(answers.difference(key, ("sweeps", "cli")), True),
                              by_seed(answers.paired(key, ("sweeps", "cli"))),
                              f"{np.mean([r['curve'][-1]['loss'] for r in runs]):.3f}", dev,
-                             ", ".join(f"{l}: {mean:.2f} ({sd:.2f})" for l, (mean, sd) in W.items()),
+                             " / ".join("".join(map(state, r["gates"].values())) for r in runs),
                              ", ".join(map(str, sorted(answers.runs[key])))])
     return markdown(["choice", "in the main table", "here", "accuracy %", "minus CLI", "each seed", "training loss",
-                     "dev loss", "mean W of decoder layers (spread over questions)", "seeds"], rows)
+                     "dev loss", "gates, layer by layer, of each seed", "seeds"], rows)
 
 
 def sweeps_by_need_table(answers):
@@ -389,12 +397,12 @@ def report(args):
         for table in filter(None, (kinds_table(answers, regime, split) for split in answers.questions)):
             lines += shown(table)
         lines += ["What the gates let in (means over seeds and, as a gate may be open in one seed and shut in another, "
-                  "each seed's mean over levels):", "", *shown(gates_table(answers, regime))]
+                  f"each seed's mean over levels, with a letter; {STATES}):", "", *shown(gates_table(answers, regime))]
     lines += ["### Other weights at inference", "", *shown(interventions_table(answers))]
     for v in INTERVENED:
         lines += pictures(args.page, **{f"gates_{v}": f"{VARIANTS[v][0]}: mean W per kind of question, seed by seed",
                                         f"interventions_{v}": f"{VARIANTS[v][0]}: other weights at inference"})
-    lines += ["### Where the paper is silent", "", *shown(sweeps_table(answers)),
+    lines += ["### Where the paper is silent", "", f"Gates: {STATES}.", "", *shown(sweeps_table(answers)),
               "Points of accuracy against CLI, each of these seeds, by what a question is about:", "",
               *shown(sweeps_by_need_table(answers))]
     put_between_marks(args.page, {"fusion": lines})
