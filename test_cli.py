@@ -5110,14 +5110,17 @@ def test_fusion_report_tables():
         run |= {"dev_loss": 1.5 + n, "curve": [{"loss": 9.0}, {"loss": 0.5 + n}], "size": [7.0 + n],
                 "gates": {"0": {"mean": [0.25, 0.75], "sd": [0.125, 0.375], "saturated": [0.0, 1.0 / (1 + n)],
                                 "kinds": {"name": [0.0, 0.1 + 0.2 * (n % 3)], "artist": [0.3 * (n == 5), 0.25]}}}}
+    runs += [result("amp", s, 1e-3, n) | {"dev_loss": 3.0, "curve": [{"loss": 2.0}]} for s, n in ((1, 12), (2, 8))]
     answers = fusion_report.Answers(runs, questions)
-    (row,) = fusion_report.sweeps_table(answers)[2:]
+    row, without = fusion_report.sweeps_table(answers)[2:]
+    assert without.startswith("| gate | scalar | none, W = 1 | 80.0 [") and len(answers.runs["tuned", "amp"]) == 1
+    assert without.endswith(" | +3.3 / -16.7 | 2.000 | 3.000 |  | 1, 2 |")  # 52 and 44 beside 50 and 54
     cells = [cell.strip() for cell in row.split("|")[1:-1]]
     assert cells[:3] == ["gate", "scalar", "vector"] and cells[3].startswith("86.7 [")  # 54, 50 and 52 of 60
     assert cells[4].startswith("-4.4 [") and cells[5] == "-10.0 / +0.0 / -3.3"  # CLI: 60, 50 and 54
     assert cells[6:] == ["4.500", "5.500", "s / o / q", "0, 1, 2"]
     assert answers.accuracy(("tuned", "cli"))[0] == pytest.approx(55 / 60)  # the main table's two
-    (row,) = fusion_report.sweeps_by_need_table(answers)[2:]  # of 20 backgrounds 14, 10 and 12, CLI 20, 10 and 14
+    row, _ = fusion_report.sweeps_by_need_table(answers)[2:]  # of 20 backgrounds 14, 10 and 12, CLI 20, 10 and 14
     assert row.startswith("| gate | vector | -30.0 / +0.0 / -10.0 | ")
     apart = fusion_report.Answers([*runs[:3], result("none", 9, 1e-3, 0)], questions)  # no seed in common: all stay
     assert len(apart.right(("tuned", "cli"))) == 3 and len(fusion_report.main_table(apart, "tuned")) == 4

@@ -79,10 +79,11 @@ class Answers:
             rate = best_rate(results, regime, variant)
             self.runs[regime, variant] = {r["spec"]["seed"]: r for r in results if (
                 r["spec"]["regime"], r["spec"]["variant"], r["spec"]["rate"]) == (regime, variant, rate)}
-        # CLI of seeds that one-to-one lacks is there for the sweeps alone, no part of the main table.
-        found = self.runs["sweeps", "cli"] = self.runs.get(("tuned", "cli"), {})
-        if both := found.keys() & self.runs.get(("tuned", "none"), {}):
-            self.runs["tuned", "cli"] = {seed: found[seed] for seed in sorted(both)}
+        # Seeds that one-to-one lacks are there for the sweeps alone, no part of the main table.
+        for variant in VARIANTS:
+            found = self.runs["sweeps", variant] = self.runs.get(("tuned", variant), {})
+            if both := found.keys() & self.runs.get(("tuned", "none"), {}):
+                self.runs["tuned", variant] = {seed: found[seed] for seed in sorted(both)}
 
     def of(self, result, right=None):  # -> float[questions]
         right = right or result["right"]
@@ -249,23 +250,29 @@ def interventions_table(answers):
     return markdown(["variant", "W at inference", "points of accuracy", "each seed"], rows)
 
 
+def sweeps(answers):
+    """Yields (topic, its choice in the main table, another, that one's key) where there are runs of it."""
+    for topic, (usual, labels) in SWEEPS.items():
+        keys = {label: ("tuned", f"{topic}={label}") for label in labels}
+        if topic == "gate":
+            keys["none, W = 1"] = ("sweeps", "amp")  # the main table's, and further seeds
+        yield from ((topic, usual, label, key) for label, key in keys.items() if answers.runs.get(key))
+
+
 def sweeps_table(answers):
     rows = []
-    for topic, (usual, labels) in SWEEPS.items():
-        for label in labels:
-            key = ("tuned", f"{topic}={label}")
-            runs = list(answers.runs.get(key, {}).values())
-            if runs:
-                dev = f"{np.mean([r['dev_loss'] for r in runs]):.3f}"
-                if "dev_loss_gate_sees_answer" in runs[0]:
-                    leaky = np.mean([r["dev_loss_gate_sees_answer"] for r in runs])
-                    dev += f" ({leaky:.3f} if the gate sees the answer)"
-                rows.append([topic, usual, label, percent(answers.accuracy(key)),
-                             percent(answers.difference(key, ("sweeps", "cli")), True),
-                             by_seed(answers.paired(key, ("sweeps", "cli"))),
-                             f"{np.mean([r['curve'][-1]['loss'] for r in runs]):.3f}", dev,
-                             " / ".join("".join(map(state, r["gates"].values())) for r in runs),
-                             ", ".join(map(str, sorted(answers.runs[key])))])
+    for topic, usual, label, key in sweeps(answers):
+        runs = [answers.runs[key][seed] for seed in sorted(answers.runs[key])]
+        dev = f"{np.mean([r['dev_loss'] for r in runs]):.3f}"
+        if "dev_loss_gate_sees_answer" in runs[0]:
+            leaky = np.mean([r["dev_loss_gate_sees_answer"] for r in runs])
+            dev += f" ({leaky:.3f} if the gate sees the answer)"
+        states = ["".join(map(state, r["gates"].values())) for r in runs if r.get("gates")]
+        rows.append([topic, usual, label, percent(answers.accuracy(key)),
+                     percent(answers.difference(key, ("sweeps", "cli")), True),
+                     by_seed(answers.paired(key, ("sweeps", "cli"))),
+                     f"{np.mean([r['curve'][-1]['loss'] for r in runs]):.3f}", dev, " / ".join(states),
+                     ", ".join(map(str, sorted(answers.runs[key])))])
     return markdown(["choice", "in the main table", "here", "accuracy %", "minus CLI", "each seed", "training loss",
                      "dev loss", "gates, layer by layer, of each seed", "seeds"], rows)
 
@@ -273,11 +280,9 @@ def sweeps_table(answers):
 def sweeps_by_need_table(answers):
     """Every seed's difference to CLI, by what a question is about."""
     found, rows = groups(answers), []
-    for topic, (_, labels) in SWEEPS.items():
-        for label in labels:
-            key = ("tuned", f"{topic}={label}")
-            if (beside := answers.paired(key, ("sweeps", "cli"))) is not None:
-                rows.append([topic, label, *(by_seed(beside[:, where]) for where in found.values())])
+    for topic, _, label, key in sweeps(answers):
+        if (beside := answers.paired(key, ("sweeps", "cli"))) is not None:
+            rows.append([topic, label, *(by_seed(beside[:, where]) for where in found.values())])
     return markdown(["choice", "here", *(", ".join(group) for group in found)], rows)
 
 
