@@ -79,7 +79,7 @@ class TrainConfig:
 
     data: str = setting("data/emoji", "folder that prepare_data.py wrote")
     split: str = setting("train", "split of the data to train on")
-    out: str = setting("out/nano", "folder of the run (recipe or file NAME: out/NAME); in it one for each stage")
+    out: str = setting("out/nano", "folder of the run (recipe or file NAME: out/NAME); in it one for each named stage")
     init_from: str = setting("", "model to start from, a folder or hub id; empty: a fresh one of the sizes in --model")
     vision: str = setting("", "separate vision encoder for init_from (bare SigLIP or CLIP)")
     model: dict = setting(NANO, "sizes of a fresh model: JSON with VisionConfig's and DecoderConfig's fields")
