@@ -4592,7 +4592,8 @@ def test_one_kind(emoji, tmp_path, monkeypatch, capsys):
     counts = {"n": 100, "model": 50, "blind": 30, "majority": 20}
     scores = {"val_seen": {"clock": counts, "kind": counts}, "val_concept": {"kind": {**counts, "blind": 31}}}
     assert one_kind.failing(scores) == ["kind"]
-    result = {"rows": 640, "scores": {"val_seen": {"n": 8, "model": 6}}, "together": {"val_seen": counts}}
+    result = {"rows": 640, "scores": {"val_seen": {"n": 8, "model": 6}}, "together": {"val_seen": counts},
+              "steps_together": 1300}
     assert one_kind.table({"clock": result})[2:] == ["| clock | val_seen | 2,496 | 640 | 30 | 50 | 75 |"]
     made, trained = [], []
 
@@ -4608,6 +4609,7 @@ def test_one_kind(emoji, tmp_path, monkeypatch, capsys):
     for folder in (base, tmp_path / "nano/tune"):
         folder.mkdir(parents=True)
     (base / "model.safetensors").write_text("weights")
+    (tmp_path / "nano/tune/train.json").write_text('{"steps": 1300}')
     work = tmp_path / study.file_hash(base / "model.safetensors")  # of another base: elsewhere
 
     def run_main(*flags):
@@ -4624,6 +4626,7 @@ def test_one_kind(emoji, tmp_path, monkeypatch, capsys):
     for kind, steps in (("count", 200), ("clock", 400)):
         found, cfg = cli.read_json(tmp_path / f"results/{kind}.json"), trained.pop()
         assert (found["steps"], found["rows"], found["seconds"]) == (steps, 64 * steps, 3)
+        assert found["steps_together"] == 1300
         assert made.pop() == (kind, 64 * steps, work / kind / "data", base, train.read_manifest(emoji, "train"))
         fields = {"init_from": str(base), "steps": steps, "data": str(work / kind / "data"),
                   "out": str(work / kind / "model")}

@@ -140,10 +140,10 @@ NANO_FUSION = {"decoder_layers": "0,1,2", "vision_levels": "1,2,4,6", "lora_rank
 NANO_STAGES = {
     "encode": {"split": "encode", "steps": 1200, "objective": "contrast", "image_aspect_ratio": "pad", "muon": 10.0,
                "batch_rows": 256, "batch_tokens": 32768, "lr_vision": 2e-3, "eval_every": 0},
-    "pretrain": {"split": "pretrain", "steps": 900, "init_from": "encode", "image_aspect_ratio": "anyres_max_9",
+    "pretrain": {"split": "pretrain", "steps": 780, "init_from": "encode", "image_aspect_ratio": "anyres_max_9",
                  "muon": 10.0, "lr_decoder": 2e-3, "eval_every": 0},
     # The gates wait: in early runs they shut while the early levels were of no use yet, and stayed shut.
-    "tune": {"split": "train", "steps": 1300, "init_from": "pretrain", "fusion": "cli", "fusion_fields": NANO_FUSION,
+    "tune": {"split": "train", "steps": 1120, "init_from": "pretrain", "fusion": "cli", "fusion_fields": NANO_FUSION,
              "gate_start": 0.3, "muon": 10.0, "lr_vision": 0.0},
     "blind": {"split": "train", "steps": 500, "blind": True, "muon": 10.0},
 }

@@ -77,14 +77,15 @@ def run(kind, steps, together, args):
     seconds = cli.read_json(Path(cfg.out) / "train.json")["seconds"]
     model = CLI.from_pretrained(cfg.out, dtype="float32", quiet=True)
     return {"kind": kind, "steps": steps, "rows": steps * ROWS, "commit": train.commit(), "seconds": seconds,
-            "scores": score(model, kind, args.data, together), "together": together}
+            "scores": score(model, kind, args.data, together), "together": together,
+            "steps_together": cli.read_json(args.nano / "tune/train.json")["steps"]}
 
 
 def table(results):
     """Lines of Markdown: every kind and split, in % right, and of how many questions a kind was learned."""
     weights, lines = {kind: weight for kind, (weight, *_) in QUESTIONS.items()}, []
     for kind in (kind for kind in QUESTIONS if kind in results):
-        seen = TUNE["steps"] * ROWS * weights[kind] / sum(weights.values())
+        seen = results[kind]["steps_together"] * ROWS * weights[kind] / sum(weights.values())
         for split, counts in results[kind]["scores"].items():
             known = results[kind]["together"][split]
             lines.append([kind, split, f"{seen:,.0f}", f"{results[kind]['rows']:,}",
