@@ -513,8 +513,8 @@ def main(argv=None) -> None:
     add("--from", type=Path, dest="source", metavar="DIR", help="a local copy: DIR/SUBSET/*.parquet")
     args = parser.parse_args(argv)
     numbers = [value for name, value in vars(args).items() if isinstance(value, (int, float)) and name != "seed"]
-    if args.shard_rows < 1 or not all(number >= 0 for number in numbers):  # nan neither
-        raise InputError("numbers of rows and --max-bad cannot be negative, and a shard has at least one row")
+    if args.shard_rows < 1 or not all(0 <= number < 2**31 for number in numbers):  # nan neither
+        raise InputError("numbers of rows and --max-bad go from 0 to 2**31 - 1, and a shard has at least one row")
     args.run(args)
 
 

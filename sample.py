@@ -8,6 +8,7 @@
 
 Text goes to standard output as it is decoded, everything else to standard error. A batch's paths start at its file's
 folder; one that was stopped goes on where it was when the same command is given again, and what failed is tried again.
+An answer's line has its question's other fields too, but line, model, options, answer and error are our own.
 """
 import contextlib
 import json
@@ -132,7 +133,7 @@ def prepare(model, paths, prompt):
 
 def ask(model, args, questions):
     """Answer (paths of pictures, prompt) after each other, with heat maps where asked."""
-    if args.gates and not (model.config.fusion.routes and any(paths for paths, _ in questions)):
+    if args.gates is not None and not (model.config.fusion.routes and any(paths for paths, _ in questions)):
         raise InputError("--gates: nothing is let in (no picture, or a model without injection)")
     pages = []
     for paths, prompt in questions:
@@ -165,9 +166,9 @@ def chat(model, args):
     say("Ask; Ctrl-C stops an answer, Ctrl-D (on Windows Ctrl-Z and Enter) ends.")
     while True:
         try:
-            text = input("> ")
+            text = input("> " if sys.stdout.isatty() else "")  # which would go to standard output
         except EOFError:
-            return print()
+            return say("")
         except UnicodeDecodeError as e:
             say(f"error: not text: {e}")
             continue
@@ -230,6 +231,12 @@ def answer_rows(model, rows, args, number):
             row["answer"] = model.tokenizer.decode([step[b] for step in steps]).strip()
 
 
+def kept(row, line):
+    """What of a question, or of its line of answers, must not have changed: of one that failed next to nothing."""
+    return {k: v for k, v in row.items()
+            if k in ("line", "model", "options") or "error" not in line and k not in ("answer", "paths")}
+
+
 def batch(model, questions, args):
     """Answer what read_questions gave, args.batch_size at a time; lines are appended as they come, and those of an
     earlier run that failed are tried again first. -> number that failed"""
@@ -240,30 +247,30 @@ def batch(model, questions, args):
         *whole, half = out.read_bytes().split(b"\n")  # a killed run may have left half a line
         try:
             done = [json.loads(line) for line in whole]
-            asked = [{k: v for k, v in q.items() if k != "paths"} for q in questions]
-            if [{k: v for k, v in d.items() if k not in ("answer", "error")} for d in done] != asked[: len(done)]:
+            if len(done) > len(questions) or any(kept(d, d) != kept(q, d) for d, q in zip(done, questions)):
                 raise ValueError
-            following = cli.json_lines(asked[len(done) :][:1]).encode(errors="backslashreplace")[:-2]  # but for "}"
+            following = [kept(q, {}) for q in questions[len(done) :][:1]]
+            following = cli.json_lines(following).encode(errors="backslashreplace")[:-2]  # but for "}"
             if half and not following or half[: len(following)] != following[: len(half)]:
                 raise ValueError
         except (ValueError, AttributeError):
             raise InputError(f"{out} exists and does not hold answers of {args.model} to {args.batch}, asked with the "
                              "same options: choose another --out") from None
         say(f"{sum('answer' in d for d in done)} of {len(questions)} were answered before")
-        again = [n for n, d in enumerate(done) if "error" in d]
-        for n in again:
-            done[n] = questions[n]
-            answer_rows(model, [done[n]], args, n)
-        if again or half:
-            cli.write_text(out, cli.json_lines(done))
-    failed = sum("error" in d for d in done)
-    with open(out, "ab") as file, tqdm(total=len(questions), initial=len(done)) as bar:
-        for start in range(len(done), len(questions), args.batch_size):
-            rows = questions[start : start + args.batch_size]
-            answer_rows(model, rows, args, start)
+    cli.write_text(out, cli.json_lines(done))
+    again, failed = [n for n, d in enumerate(done) if "error" in d], 0
+    with tqdm(total=len(questions), initial=len(done) - len(again)) as bar:
+        for some in (todo[i : i + args.batch_size] for todo in (again, range(len(done), len(questions)))
+                     for i in range(0, len(todo), args.batch_size)):
+            rows = [questions[n] for n in some]
+            answer_rows(model, rows, args, some[0])
+            if some[0] < len(done):
+                done = [questions[n] if n in some else d for n, d in enumerate(done)]
+                cli.write_text(out, cli.json_lines(done))
+            else:
+                with open(out, "ab") as file:
+                    file.write(cli.json_lines(rows).encode(errors="backslashreplace"))  # cf. cli.write_text
             failed += sum("error" in row for row in rows)
-            file.write(cli.json_lines(rows).encode(errors="backslashreplace"))  # cf. cli.write_text
-            file.flush()
             bar.update(len(rows))
     return failed
 
@@ -301,8 +308,9 @@ def main():
         "--model: some questions about the bundled pictures")
     add("--max-new-tokens", type=int, default=256, help="longest answer (default: %(default)s)")
     add("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    add("--top-k", type=int, default=0, help="sample from the k likeliest tokens; 0: all (default)")
-    add("--top-p", type=float, default=1.0, help="sample from the likeliest tokens that hold this share (default: 1)")
+    add("--top-k", type=int, default=0, help="with a temperature, sample from the k likeliest tokens; 0: all (default)")
+    add("--top-p", type=float, default=1.0, help="with a temperature, sample from the likeliest tokens that hold this "
+        "share (default: 1)")
     add("--repetition-penalty", type=float, help="on tokens generated so far (default: what the checkpoint ships)")
     add("--seed", type=int, default=0, help="of the sampling (default: 0)")
     add("--gates", nargs="?", const="", metavar="PNG", help="show W per decoder layer and vision level, or draw it")
@@ -318,7 +326,7 @@ def main():
         raise InputError("--top-p must be in (0, 1], --repetition-penalty from 0.01 to 100")
     if not 0 <= args.seed < 2**62:
         raise InputError("--seed must be at least 0 and below 2**62")
-    if bool(args.batch) != bool(args.out):
+    if (args.batch, args.out) != (None, None) and not (args.batch and args.out):
         raise InputError("--batch and --out go together")
     if args.batch and (args.image or args.json or args.prompt is not None or args.gates is not None):
         raise InputError("--batch goes without --image, --prompt, --json and --gates")
@@ -334,7 +342,7 @@ def main():
         raise InputError("--json and --gates PNG need a --prompt; a chat shows W with plain --gates")
     if spoken and not sys.stdin.isatty():
         try:
-            args.prompt = sys.stdin.read().strip()
+            args.prompt = sys.stdin.read().removeprefix("\ufeff").strip()
         except UnicodeDecodeError as e:
             raise InputError(f"standard input is not text: {e}") from e
         if not args.prompt:

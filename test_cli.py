@@ -2396,6 +2396,7 @@ def run_sample(monkeypatch, capsys, *arguments, keys=None, piped=""):
     lines = iter(keys or [])
 
     def typed(prompt=""):
+        print(prompt, end="")  # as input() does where standard output is no terminal
         line = next(lines, None)
         if line is None:
             raise EOFError
@@ -2421,7 +2422,7 @@ def test_sample_without_arguments(monkeypatch, capsys):
     status, out, err = run_sample(monkeypatch, capsys)
     assert status == 0 and out == "volcano\norange\nmoney bag\n" and err.count("vision level") == 3
     picture = ROOT / "assets/pictures/single.png"  # with a picture of one's own it is one's own question
-    out = run_sample(monkeypatch, capsys, "--image", picture, piped="What colour is the background?")[1]
+    out = run_sample(monkeypatch, capsys, "--image", picture, piped="\ufeffWhat colour is the background?")[1]
     assert out == "orange\n"
 
 
@@ -2730,6 +2731,15 @@ def test_sample_batch_resumes(sample_model, tmp_path, monkeypatch, capsys):
     again = out.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     assert again[:-1] == lines[:-1] and json.loads(again[-1])["answer"] and "error" not in json.loads(again[-1])
     assert status == 2 and "6 of 9 were answered before" in err and "2 questions" in err
+    rows[1]["image"] = "a.png"  # mended by the user; its answer is kept when the next one is stopped
+    questions.write_text("".join(json.dumps(r, ensure_ascii="id" in r) + "\n" for r in rows), encoding="utf-8")
+    with monkeypatch.context() as patch:
+        patch.setattr(sample, "answer_rows", lambda *args: next(calls)(*args))
+        calls = iter([answer_rows, lambda *args: signal.raise_signal(signal.SIGINT)])
+        status, _, err = run_sample(patch, capsys, *common, "--batch-size", 1)
+    mended = out.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    assert status == 130 and [*mended[:1], *mended[2:]] == [*again[:1], *again[2:]]
+    assert json.loads(mended[1])["image"] == "a.png" and json.loads(mended[1])["answer"] and "error" not in mended[1]
     for name, value in (("image", "b.png"), ("model", "another")):  # what was answered is not what is asked now
         out.write_text(json.dumps({**json.loads(lines[0]), name: value}) + "\n")
         status, _, err = run_sample(monkeypatch, capsys, *common)
@@ -2771,6 +2781,7 @@ def test_sample_refuses(sample_model, tmp_path, monkeypatch, capsys):
                             ([*before, "--promt", "x"], "--promt x: did you mean --prompt?"),
                             ([*before, "--repetition-penalty", "nan"], "--repetition-penalty from 0.01"),
                             (["--model", "none", "--batch", absent], "--batch and --out go together"),
+                            (["--batch", "", "--out", ""], "--batch and --out go together"),
                             ([*before[:2], "--batch", absent, "--out", drawn, "--json"], "--batch goes without"),
                             ([*before[:2], "--batch", absent, "--out", drawn], f"{absent}: cannot be read"),
                             ([*before, "--max-new-tokens", 0], "--max-new-tokens must be at least 1"),
@@ -2781,6 +2792,7 @@ def test_sample_refuses(sample_model, tmp_path, monkeypatch, capsys):
                             ([*before[:2], "--batch", absent, "--out", "/dev/null"], "not a file"),
                             ([*real, "\udcff"], "not valid Unicode"),
                             ([*real, "x", "--gates", drawn], "--gates: nothing is let in"),
+                            ([*real, "x", "--gates"], "--gates: nothing is let in"),
                             (["--model", wordless, "--prompt", "x"], "has no tokenizer.json"),
                             (["--model", sample_model], "no question")):
         status, out, err = run_sample(monkeypatch, capsys, *arguments)
@@ -3318,9 +3330,10 @@ def test_prepare_mistakes_are_one_line(emoji, tmp_path, small_tokenizer, monkeyp
         (["emoji", "--per-kind", 12, "--seed", 115], "leaves too little to ask about"),  # nothing but what is counted
         (["emoji", "--seed", 683], "leaves too little to ask about"),  # no flags
         (["emoji", "--vocabulary", 2], "at least 259"),
-        (["emoji", "--train", "-1"], "cannot be negative"),
-        (["emoji", "--max-bad", "-1"], "cannot be negative"),
-        (["emoji", "--max-bad", "nan"], "cannot be negative"),
+        (["emoji", "--train", "-1"], "from 0 to 2**31"),
+        (["emoji", "--max-bad", "-1"], "from 0 to 2**31"),
+        (["emoji", "--max-bad", "nan"], "from 0 to 2**31"),
+        (["emoji", "--train", 10**20], "from 0 to 2**31"),
         (["emoji", "--steps", "1"], "unrecognized arguments: --steps"),
         (["emoji", "--vall", "1"], "unrecognized arguments: --vall 1: did you mean --val?"),
         (["emoji", "--images", "d"], "unrecognized arguments: --images d\n"),  # a flag of another command
