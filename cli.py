@@ -338,7 +338,7 @@ def attention(q, k, v, causal=False):
         end = start + rows.shape[3] if causal else k.shape[2]
         scores = (rows.flatten(2, 3) @ k[:, :, :end].transpose(-1, -2)).view(*rows.shape[:4], end)
         if causal:
-            scores = scores + scores.new_full(scores.shape[-2:], -math.inf).triu(1 + start)
+            scores += scores.new_full(scores.shape[-2:], -math.inf).triu(1 + start)
         blocks.append((scores.softmax(-1).to(v.dtype).flatten(2, 3) @ v[:, :, :end]).view(rows.shape))
     return torch.cat(blocks, 3).flatten(1, 2)
 

@@ -369,21 +369,25 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):  # get_state_dict calls step(closure=None)
         for group in self.param_groups:
+            shapes = {}  # of each shape all matrices at once
             for p in group["params"]:
                 mean = self.state[p].setdefault("mean", torch.zeros_like(p)).lerp_(p.grad, 1 - self.momentum)
-                update = self.orthogonal(p.grad.lerp(mean, self.momentum))  # Nesterov's look ahead
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update, alpha=-group["lr"] * max(1, p.size(0) / p.size(1)) ** 0.5)
+                shapes.setdefault(p.shape, []).append((p, p.grad.lerp(mean, self.momentum)))  # Nesterov's look ahead
+            for (rows, columns), pairs in shapes.items():
+                for (p, _), update in zip(pairs, self.orthogonal(torch.stack([ahead for _, ahead in pairs]))):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(update, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
-    def orthogonal(self, update):
+    def orthogonal(self, updates):  # (n, rows, columns) -> the same
         a, b, c = 3.4445, -4.7750, 2.0315
-        x = update.to(self.dtype)
-        x = x.T if x.size(0) > x.size(1) else x
-        x = x / x.norm().clamp(min=1e-7)
+        x = updates.to(self.dtype)
+        tall = x.size(1) > x.size(2)
+        x = x.mT if tall else x
+        x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
         for _ in range(5):
-            gram = x @ x.T
-            x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-        return (x.T if update.size(0) > update.size(1) else x).to(update.dtype)
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        return (x.mT if tall else x).to(updates.dtype)
 
 
 def training_dtype(name, device):
