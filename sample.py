@@ -8,7 +8,7 @@
 
 Text goes to standard output as it is decoded, everything else to standard error. A batch's paths start at its file's
 folder; one that was stopped goes on where it was when the same command is given again, and what failed is tried again.
-An answer's line has its question's other fields too, but line, model, options, answer and error are our own.
+An answer's line has its question's other fields too, but line, paths, model, options, answer and error are ours.
 """
 import contextlib
 import json

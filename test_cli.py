@@ -2422,8 +2422,9 @@ def test_sample_without_arguments(monkeypatch, capsys):
     status, out, err = run_sample(monkeypatch, capsys)
     assert status == 0 and out == "volcano\norange\nmoney bag\n" and err.count("vision level") == 3
     picture = ROOT / "assets/pictures/single.png"  # with a picture of one's own it is one's own question
-    out = run_sample(monkeypatch, capsys, "--image", picture, piped="\ufeffWhat colour is the background?")[1]
-    assert out == "orange\n"
+    asked = "What colour is the background?"  # piped in by an editor or shell that begins with a byte-order mark
+    out = json.loads(run_sample(monkeypatch, capsys, "--image", picture, "--json", piped="\ufeff" + asked)[1])
+    assert (out["prompt"], out["answer"]) == (asked, "orange")
 
 
 def test_quick_start_as_it_is_typed():
@@ -3831,21 +3832,24 @@ def test_muon_moves_the_blocks_matrices_orthogonally(emoji, muon):
     assert (some[some > 0] > 0.9e-3).float().mean() > 0.9  # AdamW's first step is the learning rate, up or down
 
 
-@pytest.mark.parametrize("shape", [(24, 24), (40, 16), (16, 40)])
-@pytest.mark.parametrize("dtype, close", [(torch.bfloat16, 0.0), (torch.float32, 0.05)])
-def test_muon_steps_as_pytorchs(shape, dtype, close):
-    """Three steps of train.Muon are torch.optim.Muon's: in bfloat16 bit by bit, in float32 up to its rounding."""
+@pytest.mark.parametrize("dtype, close", [(torch.bfloat16, 0.02), (torch.float32, 0.05)])
+def test_muon_steps_as_pytorchs(dtype, close):
+    """Three steps of train.Muon, which takes all matrices of a shape at once, are torch.optim.Muon's, which takes them
+    one by one in bfloat16, up to rounding."""
     torch.manual_seed(0)
-    ours = torch.nn.Parameter(torch.randn(shape))
-    theirs = torch.nn.Parameter(ours.detach().clone())
+    shapes = [(24, 24), (40, 16), (16, 40), (40, 16), (24, 24), (40, 16)]
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
     group = {"lr": 0.1, "weight_decay": 0.5}
-    optimizers = [train.Muon([{"params": [ours], **group}], dtype), torch.optim.Muon([{"params": [theirs], **group}])]
+    optimizers = [train.Muon([{"params": ours, **group}], dtype), torch.optim.Muon([{"params": theirs, **group}])]
     for _ in range(3):
-        ours.grad = torch.randn(shape)
-        theirs.grad = ours.grad.clone()
+        for p, q in zip(ours, theirs):
+            p.grad = torch.randn(p.shape)
+            q.grad = p.grad.clone()
         for optimizer in optimizers:
             optimizer.step()
-    assert (ours - theirs).abs().max() <= close * ours.abs().max()
+    for p, q in zip(ours, theirs):
+        assert (p - q).abs().max() <= close * p.abs().max()
 
 
 def test_logged_gates_are_those_of_rows_with_a_picture(emoji):

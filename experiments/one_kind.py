@@ -66,19 +66,20 @@ def score(model, kind, data, splits):
     return scores
 
 
-def run(kind, steps, together, args):
-    """Train and score one kind -> what its file holds; together: {split: counts} of the model of all kinds."""
+def run(kind, given, args):
+    """Train and score one kind -> what its file holds; given: its steps, and those and {split: counts} of the model of
+    all kinds."""
     base = args.nano / "pretrain"
     work = args.work / file_hash(base / "model.safetensors") / kind  # never go on with what another base became
-    make_rows(kind, steps * ROWS, work / "data", base, train.read_manifest(args.data, "train"))
+    rows = given["steps"] * ROWS
+    make_rows(kind, rows, work / "data", base, train.read_manifest(args.data, "train"))
     cfg = train.TrainConfig(**{**TUNE, "init_from": str(base), "data": str(work / "data"),
-                               "out": str(work / "model"), "steps": steps})
+                               "out": str(work / "model"), "steps": given["steps"]})
     train.train(cfg)
     seconds = cli.read_json(Path(cfg.out) / "train.json")["seconds"]
     model = CLI.from_pretrained(cfg.out, dtype="float32", quiet=True)
-    return {"kind": kind, "steps": steps, "rows": steps * ROWS, "commit": train.commit(), "seconds": seconds,
-            "scores": score(model, kind, args.data, together), "together": together,
-            "steps_together": cli.read_json(args.nano / "tune/train.json")["steps"]}
+    return {"kind": kind, "rows": rows, "commit": train.commit(), "seconds": seconds,
+            "scores": score(model, kind, args.data, given["together"]), **given}
 
 
 def table(results):
@@ -110,16 +111,17 @@ def main():
     if not all("blind" in counts for kinds in among.values() for counts in kinds.values()):
         raise InputError(f"{args.nano / 'tune/eval.json'} has no blind twin: give train.py --evaluate a --blind_model")
     args.results.mkdir(parents=True, exist_ok=True)
-    todo = []
+    practice, todo = cli.read_json(args.nano / "tune/train.json")["steps"], []
     for kind in args.kinds or failing(among):
         path, steps = args.results / f"{kind}.json", args.steps or (400 if kind in SINGLE else 200)  # a scene is slower
         together = {split: kinds[kind] for split, kinds in among.items() if kind in kinds}
+        given = {"steps": steps, "together": together, "steps_together": practice}
         if not path.exists():
-            todo.append((path, kind, steps, together))
-        elif (found := cli.read_json(path)).get("together") != together or found["steps"] != steps:
+            todo.append((path, kind, given))
+        elif (found := cli.read_json(path)) | given != found:
             raise InputError(f"{path} is of another model or other steps: give another --results")
-    for path, *what in todo:
-        cli.write_text(path, json.dumps(run(*what, args), indent=1) + "\n")
+    for path, kind, given in todo:
+        cli.write_text(path, json.dumps(run(kind, given, args), indent=1) + "\n")
     lines = table({path.stem: cli.read_json(path) for path in args.results.glob("*.json")})
     print("\n".join(lines))
     if args.readme:
