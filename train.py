@@ -147,7 +147,7 @@ NANO_STAGES = {
              "gate_start": 0.3, "muon": 10.0, "lr_vision": 0.0},
     "blind": {"split": "train", "steps": 500, "blind": True, "muon": 10.0},
 }
-QUICK_STEPS = {"encode": 260, "pretrain": 90, "tune": 90, "blind": 90}
+QUICK_STEPS = {"encode": 240, "pretrain": 80, "tune": 80, "blind": 80}
 RECIPES = {
     "nano": NANO_STAGES, "quick": {name: {**NANO_STAGES[name], "steps": n} for name, n in QUICK_STEPS.items()},
     "paper": {"cli": {  # LLaVA-OneVision's single-image stage with fresh AMP and AGF
