@@ -166,7 +166,7 @@ def chat(model, args):
     say("Ask; Ctrl-C stops an answer, Ctrl-D (on Windows Ctrl-Z and Enter) ends.")
     while True:
         try:
-            text = input("> " if sys.stdout.isatty() else "")  # which would go to standard output
+            text = input("> " if sys.stdout.isatty() else "")  # in a file it would be among the answers
         except EOFError:
             return say("")
         except UnicodeDecodeError as e:
@@ -232,7 +232,8 @@ def answer_rows(model, rows, args, number):
 
 
 def kept(row, line):
-    """What of a question, or of its line of answers, must not have changed: of one that failed next to nothing."""
+    """What of a question, or of its line in the answers' file, must be as it was for the line to be the question's own.
+    A question that failed may have been mended since."""
     return {k: v for k, v in row.items()
             if k in ("line", "model", "options") or "error" not in line and k not in ("answer", "paths")}
 

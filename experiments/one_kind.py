@@ -67,8 +67,8 @@ def score(model, kind, data, splits):
 
 
 def run(kind, given, args):
-    """Train and score one kind -> what its file holds; given: its steps, and those and {split: counts} of the model of
-    all kinds."""
+    """Train and score one kind -> what its file holds. given: its "steps", and of the model of all kinds "together",
+    {split: counts}, and "steps_together"."""
     base = args.nano / "pretrain"
     work = args.work / file_hash(base / "model.safetensors") / kind  # never go on with what another base became
     rows = given["steps"] * ROWS
