@@ -3272,6 +3272,9 @@ def test_llava_bad_rows(small_tokenizer, tmp_path, capsys):
     run_prepare_data(*arguments[:-4], "--out", tmp_path / "val", "--max-bad", 0.9, "--val", 6)
     manifest = json.loads((tmp_path / "val/manifest.json").read_text())
     assert manifest["rows_planned"] == {"train": 18, "val": 6} and manifest["bad_rows"] == len(bad)
+    (tmp_path / "list.json").write_text(json.dumps([good[0], {"id": 1}]))  # one value: it has rows and no lines
+    run_prepare_data("llava", tmp_path / "list.json", *arguments[2:-4], "--out", tmp_path / "list", "--max-bad", 0.5)
+    assert [row["where"] for row in lines_of(tmp_path / "list/bad_rows.jsonl")] == ["list.json row 2"]
 
 
 def test_llava_rows_that_were_mended(small_tokenizer, tmp_path):
@@ -3957,6 +3960,25 @@ def test_a_run_goes_on_in_less_memory(few, tmp_path, monkeypatch):
     cli.write_text(out / "train.json", json.dumps({"config": kept, "loss": 1.0}))
     assert train.earlier_run(out, {**kept, "checkpointing": True})[0]["loss"] == 1  # a finished stage of a recipe
     fails(lambda: train.earlier_run(out, {**kept, "batch_tokens": 61}), "with other settings, batch_tokens=60")
+
+
+@pytest.mark.parametrize("objective", ["answers", "contrast"])
+def test_a_run_goes_on_with_other_processes(objective, few, tmp_path, monkeypatch):
+    """Another number of them is taken, but not in the middle of a stage that compares the rows each of them has."""
+    split = "train" if objective == "answers" else "encode"
+    cfg = settings(few, tmp_path, objective=objective, split=split, fusion="none", fusion_fields={}, save_minutes=0.0)
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(CLI, "save_pretrained", stop)
+        train.train(cfg)
+    facts = cli.read_json(tmp_path / "train.json")
+    assert facts["config"]["ranks"] == 1 and "loss" not in facts
+    facts["config"]["ranks"] = 2
+    cli.write_text(tmp_path / "train.json", json.dumps(facts))
+    if objective == "contrast":
+        fails(lambda: train.train(cfg), "holds a run with other settings, ranks=2: ")
+        cli.write_text(tmp_path / "train.json", json.dumps({**facts, "loss": 1.0}))  # a finished stage of a recipe
+    train.train(cfg)
+    assert "loss" in cli.read_json(tmp_path / "train.json")
 
 
 def test_checkpoints_come_by_the_clock(few, tmp_path, minutes, monkeypatch, capsys):

@@ -527,7 +527,6 @@ def commit():
 
 
 FREE = ("out", "device", "save_minutes", "eval_every")  # settings that may differ when a run goes on
-FITS = ("checkpointing", "shard", "batch_tokens")  # these too, for memory's sake; the last only if answers are learnt
 
 
 def earlier_run(out, settings):
@@ -536,8 +535,11 @@ def earlier_run(out, settings):
     ours = ("train.json", "log.jsonl", "config.json", "model.safetensors", "tokenizer.json")
     if not isinstance(facts.get("config"), dict) and any((out / name).exists() for name in ours):
         raise InputError(f"{out} holds a model or log that is no run's of train.py: give another --out")
-    # of the data the hash is compared, wherever they lie
-    free = (*FREE, "data", *(FITS if settings["objective"] == "answers" else FITS[:-1]))
+    free = {*FREE, "data", "checkpointing", "shard"}  # the latter for memory's sake; of the data the hash is compared
+    if settings["objective"] == "answers":  # contrast compares the rows of a process's micro-batch with each other
+        free |= {"ranks", "batch_tokens"}
+    if "loss" in facts:  # finished: later stages may have another number of processes
+        free.add("ranks")
     wrong = [f"{k}={v!r}" for k, v in facts.get("config", {}).items() if k not in free and v != settings.get(k)]
     if wrong and any((out / name).exists() for name in ("state.pt", "model.safetensors")):  # else nothing would be lost
         raise InputError(f"{out} holds a run with other settings, {', '.join(wrong)}: give another --out, or delete it")
@@ -557,7 +559,8 @@ def train(cfg):
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     say = print if rank == 0 else lambda *a, **k: None
     manifest = read_manifest(cfg.data, cfg.split)
-    out, settings = Path(cfg.out), {**dataclasses.asdict(cfg), "data_sha256": sha256(json.dumps(manifest))}
+    out = Path(cfg.out)
+    settings = {**dataclasses.asdict(cfg), "data_sha256": sha256(json.dumps(manifest)), "ranks": world}
     if cfg.init_from and (earlier := cli.read_json(Path(cfg.init_from) / "train.json", {})):  # trained here, and how
         before = earlier.get("config", earlier)  # the bundled model's file tells of several stages
         settings["init_sha256"] = sha256(json.dumps({k: v for k, v in before.items() if k not in FREE}))
