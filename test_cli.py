@@ -4628,6 +4628,25 @@ def test_one_kind(emoji, tmp_path, monkeypatch, capsys):
                           (("vision", cli.VisionConfig), ("decoder", cli.DecoderConfig))}))
     found = one_kind.score(model, "clock", emoji, ["val_seen"])
     assert found == {"val_seen": {"n": len(asked), "model": len(asked) // 2}}
+
+    def name_one(model, rows, name):  # by turns the first thing of the scene, the second, and a thing that is not there
+        named = [(one_kind.names_drawn(rows, i) + ["nothing"])[(0, 1, -1)[i % 3]] for i in range(len(rows))]
+        return [(kind, one_kind.names_drawn(rows, i)[0], named[i], {}) for i, kind in enumerate(rows.kinds)]
+
+    monkeypatch.setattr(train, "answers", name_one)
+    rows = [(kind, json.loads(data[0])["cells"]) for _, _, data, kind in rows_of(emoji, "val_scene")
+            if "name_at" in kind]
+    found = one_kind.score(model, "name_at", emoji, ["val_scene"])["val_scene"]
+    drawn = [len(cells) for i, (_, cells) in enumerate(rows) if i % 3 < 2]
+    assert (found["n"], found["drawn"]) == (len(rows), len(drawn)) and len(drawn) > found["model"] >= len(rows) // 3
+    assert found["chance"] == pytest.approx(sum(1 / n for n in drawn))
+    concepts = scenes.load_emoji()[1]
+    chosen = train.Rows(emoji, "val_scene", model.config)
+    assert one_kind.names_drawn(chosen, chosen.kinds.index("name_at-zh")) == [
+        concepts[key]["zh"] for key, *_ in next(cells for kind, cells in rows if kind == "name_at-zh")]
+    counted = {"n": 200, "model": 30, "drawn": 100, "chance": 25.0}
+    assert one_kind.table_of_names({"by_artist": {"scores": {"val_seen": counted, "val_scene": {"n": 2, "model": 1}}}})[
+        2:] == ["| by_artist | val_seen | 50 | 30 | 25 |"]
     counts = {"n": 100, "model": 50, "blind": 30, "majority": 20}
     scores = {"val_seen": {"clock": counts, "kind": counts}, "val_concept": {"kind": {**counts, "blind": 31}}}
     assert one_kind.failing(scores) == ["kind"]

@@ -6,8 +6,10 @@
 
 The recipe's last stage (`tune`) with questions of a single kind, several times as many of it as the recipe has time
 for, everything else as it is: what is learned then failed for want of practice, what is not, for another reason. One
-JSON file a kind; the same command goes on with those that are missing. Those in experiments/results/one_kind are of
-the run in float32 that the README tells of; it got its table from them with --readme.
+JSON file a kind; the same command goes on with those that are missing. Where a thing of a scene is to be named, a
+second table tells how often any thing of it was named, and how often that was the right one: whether drawings are not
+recognised, or not found. The files in experiments/results/one_kind are of the run in float32 that the README tells of,
+those in one_kind_long of a later run, with --steps 1000; the README got its tables from them with --readme.
 """
 
 import json
@@ -19,13 +21,14 @@ sys.path.insert(0, str(HERE))
 import cli  # noqa: E402
 import prepare_data  # noqa: E402
 import train  # noqa: E402
-from assets.emoji.scenes import QUESTIONS, SINGLE  # noqa: E402
+from assets.emoji.scenes import QUESTIONS, SINGLE, load_emoji  # noqa: E402
 from cli import CLI, InputError  # noqa: E402
 from experiments.fusion import file_hash  # noqa: E402
 
 SHORT = 20  # points above the blind twin and the most frequent answer: what a kind is to reach
 TUNE = train.RECIPES["nano"]["tune"]
 ROWS = train.TrainConfig().batch_rows  # of a step
+BY_NAME = ("name_at", "by_artist", "on_colour")  # answered by the name of one of several things
 
 
 def percent(counts, *who):
@@ -53,8 +56,17 @@ def make_rows(kind, rows, folder, tokenizer, manifest):
         QUESTIONS.update(kept)
 
 
+def names_drawn(rows, i):
+    """Names of all that is drawn in a row's picture, in the language of its question."""
+    _, concepts, _ = load_emoji()
+    language = "zh" if rows.kinds[i].endswith("-zh") else "name"
+    return [concepts[key][language] for key, *_ in json.loads(rows[i][2][0])["cells"]]
+
+
 def score(model, kind, data, splits):
-    """{split: {"n", "model"}}: questions of this kind, and how many are answered right."""
+    """{split: {"n", "model"}}: questions of this kind, and how many are answered right. Of BY_NAME also "drawn", how
+    many answers name a thing of the scene, and "chance", how many would be right if each of these took any of its
+    things."""
     scores = {}
     for split in splits:
         rows = train.Rows(data, split, model.config)
@@ -63,6 +75,10 @@ def score(model, kind, data, splits):
             setattr(rows, field, [getattr(rows, field)[i] for i in chosen])
         given = train.answers(model, rows, f"{kind}, {split}")
         scores[split] = {"n": len(given), "model": sum(right == answer for _, right, answer, _ in given)}
+        if kind in BY_NAME:
+            scenes = [(answer, names_drawn(rows, i)) for i, (_, _, answer, _) in enumerate(given)]
+            drawn = [len(names) for answer, names in scenes if answer in names]
+            scores[split] |= {"drawn": len(drawn), "chance": sum(1 / n for n in drawn)}
     return scores
 
 
@@ -96,6 +112,18 @@ def table(results):
                            "blind or most frequent, % right", "with all kinds, % right", "alone, % right"], lines)
 
 
+def table_of_names(results):
+    """Lines of Markdown: how often a thing of the scene was named, and how often the right one of these."""
+    lines = []
+    for kind in (kind for kind in BY_NAME if kind in results):
+        for split, counts in results[kind]["scores"].items():
+            if counts.get("drawn"):
+                lines.append([kind, split, f"{percent(counts, 'drawn'):.0f}",
+                              *(f"{100 * counts[who] / counts['drawn']:.0f}" for who in ("model", "chance"))])
+    return train.markdown(["question", "split", "answers that name a thing of the scene, %",
+                           "of these the right one, %", "by chance, %"], lines)
+
+
 def main():
     parser = cli.Parser(description=__doc__)
     add = parser.add_argument
@@ -105,7 +133,8 @@ def main():
     add("--nano", type=Path, default=HERE / "out/nano", help="folder that train.py wrote")
     add("--work", type=Path, default=HERE / "out/one_kind", help="rows and models (default: out/one_kind)")
     add("--results", type=Path, default=HERE / "experiments/results/one_kind", help="one JSON file a kind")
-    add("--readme", help="write the table between the marks in this file too")
+    add("--readme", help="write the tables into this file too, between <!-- NAME --> and <!-- end -->, where NAME is "
+                         "that of the results' folder with spaces")
     args = parser.parse_args()
     among = cli.read_json(args.nano / "tune/eval.json")["scores"]
     if not all("blind" in counts for kinds in among.values() for counts in kinds.values()):
@@ -122,10 +151,11 @@ def main():
             raise InputError(f"{path} is of another model or other steps: give another --results")
     for path, kind, given in todo:
         cli.write_text(path, json.dumps(run(kind, given, args), indent=1) + "\n")
-    lines = table({path.stem: cli.read_json(path) for path in args.results.glob("*.json")})
+    results = {path.stem: cli.read_json(path) for path in args.results.glob("*.json")}
+    lines = [*table(results), *([""] + names if (names := table_of_names(results)) else [])]
     print("\n".join(lines))
     if args.readme:
-        train.put_between_marks(args.readme, {"one kind": lines})
+        train.put_between_marks(args.readme, {args.results.name.replace("_", " "): lines})
 
 
 if __name__ == "__main__":
