@@ -69,6 +69,7 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 
 IMAGE_TOKEN = -200  # stands in a prompt where a picture goes; LLaVA's number
 IGNORE = -100  # label of a position that is not supervised
+FORMAT = "cross-layer-injection"  # what a config.json of ours says it is
 NEARLY_SHUT = -4.0  # a fresh gate's bias on a trained one-to-one base, which is to start near what it was: W = 0.018
 MAX_PIXELS = 128_000_000  # a larger picture is refused before it is decoded (decompression bombs)
 MAX_PATCHES = 6000  # encoded at once where no gradient is wanted: those of 8 of LLaVA-OneVision's crops
@@ -242,7 +243,7 @@ class Config:
         return int(self.image_aspect_ratio[11:]) if self.image_aspect_ratio.startswith("anyres_max_") else None
 
     def to_dict(self):
-        return {"format": "cross-layer-injection", **dataclasses.asdict(self)}
+        return {"format": FORMAT, **dataclasses.asdict(self)}
 
     @staticmethod
     def from_dict(d):
@@ -630,9 +631,10 @@ class AMP(nn.ModuleDict):
             self.update({str(k): lora() if cfg.projector == "lora" else make_projector(Dv, D) for k in cfg.levels})
 
     def forward(self, taps, projected, stream, l, levels):
-        """Yields V_hat_k (T, D) for the levels k of decoder layer l: taps[k] is V_k, projected[k] pack(MLP(V_k)).
+        """Yields pack(V_hat_k) (T, D) for the levels k of decoder layer l: taps[k] is V_k, projected[k] pack(MLP(V_k)).
 
-        Packing is linear and goes before B: pack(B A V) = B pack(A V), with r channels a level instead of D.
+        pack(MLP(V_k) + alpha/r B A V_k) = projected[k] + alpha/r B pack(A V_k): packing is linear and goes before B,
+        with r channels a level instead of D; the MLP's part is packed once per level, in CLI.see.
         """
         if self.cfg.projector != "lora":
             yield from (projected[k] for k in levels)
@@ -686,7 +688,7 @@ class AGF(nn.Module):
             v_hat, h = (F.rms_norm(x, x.shape[-1:], eps=1e-6) for x in (v_hat, h))
         v_att = read(self.attn, self.query_v, v_hat, stream.visual, stream.seqlens)  # eq. 6
         h_att = read(self.attn_h or self.attn, self.query_h, h, stream.context, stream.seqlens)  # eq. 7
-        # Eq. 8, in float32: in bfloat16 W is 1 from 0.998 on, where a gate would have no gradient left.
+        # Eq. 8, the sigmoid in float32: in bfloat16 W is 1 from 0.998 on, where a gate would have no gradient left.
         return torch.sigmoid(self.gate(torch.cat([v_att, h_att], dim=-1)).float())
 
 
@@ -735,18 +737,19 @@ class Decoder(nn.Module):
         past = cache.lengths if cache else [0] * len(seqlens)
         positions = torch.cat([torch.arange(p, p + n, device=h.device) for p, n in zip(past, seqlens)])
         rope = rotary(positions, self.cfg.head_dim, self.cfg.rope_theta)
+        last = len(self.layers) - 1
+        reads_all = inject_at == "output" and last in inject  # the gates of an injection behind the last layer
         for l, layer in enumerate(self.layers):
             if l in inject and inject_at == "input":
                 h = maybe_checkpoint(self.checkpointing, inject.pop(l), h)
-            every = l + 1 < len(self.layers) or l in inject  # the gates of an injection behind a layer read all of h
             h = maybe_checkpoint(self.checkpointing, layer, h, rope, seqlens,
                                  functools.partial(cache.attend, l, positions) if cache else attend,
-                                 ... if every else wanted)
+                                 wanted if l == last and not reads_all else ...)
             if l in inject and inject_at == "output":
                 h = maybe_checkpoint(self.checkpointing, inject.pop(l), h)
         if cache:
             cache.lengths = [p + n for p, n in zip(past, seqlens)]
-        return self.norm(h[wanted] if every else h)
+        return self.norm(h[wanted] if reads_all else h)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -868,7 +871,8 @@ class CLI(nn.Module):
 
     @torch.inference_mode()
     def logits(self, tokens, images=()):
-        """Logits of one prompt: tokens int64[T_prompt], IMAGE_TOKEN once per PIL image -> float[T, V]."""
+        """Logits of one prompt: tokens int64[T_prompt], IMAGE_TOKEN once per PIL image -> float[T, V]. The gates read
+        all of it: an answer to be scored goes to forward, with a context that ends before it."""
         pictures = [prepare_image(x, self.config, len(images) > 1) for x in images]
         return self(tokens.to(self.device), pictures)[0]
 
@@ -986,14 +990,21 @@ class CLI(nn.Module):
                 raise InputError(f"fusion_fields: {e}") from e
         elif fusion_fields:
             raise InputError("fusion_fields go with the name of a preset")
-        if fusion not in (None, config.fusion):
+        extended = fusion not in (None, config.fusion)
+        if extended:
             if config.fusion.routes:
                 raise InputError(f"{source}: cannot take the fusion that was asked for: it has one of its own")
             config = dataclasses.replace(config, fusion=fusion)
         with torch.device("meta"):
             model = CLI(config).eval()
-        mapping, ignored, fresh = map_keys(names, shapes, model)
+        mapping, ignored, fresh = map_keys(names, shapes, model, extended)
         notes = [f"ignored {n} tensors: {reason}" for reason, n in Counter(ignored.values()).items()]
+        f = config.fusion
+        if not extended and f.routes and raw.get("format") != FORMAT:
+            ours, theirs = min(item for item in mapping.items() if item[0].startswith(("amp.", "agf.")))
+            scale = f", alpha / rank {f.lora_alpha:g} / {f.lora_rank}" if f.projector == "lora" else ""
+            notes.append("AMP and AGF as names and shapes tell them (what is wrong is the key map's to say): decoder "
+                         f"layers <- levels {dict(f.routes)}{scale}; {theirs} is taken for {ours}")
         if fresh:
             notes.append(f"freshly initialised, not in {source}: {', '.join(fresh)}")
         tied, says = config.decoder.tie_word_embeddings, (raw.get("text_config") or raw).get("tie_word_embeddings")
@@ -1059,9 +1070,11 @@ def read_layout(raw, shapes, tower=None, key_map=None, generation=None):
     "vision_model."; tower: that encoder's config.json; generation: the parsed generation_config.json. What a shape
     tells is read off the shape. Raises InputError for a layout or a feature that is not supported.
     """
-    if raw.get("format") == "cross-layer-injection":
-        return Config.from_dict(raw), {name: name for name in shapes}
     names, key_map, generation = {}, key_map or {}, generation or {}
+    if raw.get("format") == FORMAT:
+        if key_map:
+            raise InputError("a key map is for the checkpoints of others: this one has our names")
+        return Config.from_dict(raw), {name: name for name in shapes}
     for name in shapes:
         names[name] = name
         for pattern, new in [*key_map.get("patterns", []), *RENAMES]:
@@ -1100,7 +1113,7 @@ def count_layers(part, ours):
 def read_decoder(raw, text, ours):
     """DecoderConfig from a parsed config.json, its part about the decoder and {our name: shape}. Raises InputError for
     what is not supported."""
-    bare = text is not raw or not any(name.startswith("vision.") for name in ours)  # else it says what the whole is
+    bare = text is not raw or not any(name.startswith("projector.") for name in ours)  # else it says what the whole is
     if bare and (kind := text.get("model_type", "llama")) not in DECODERS:  # same names, but other arithmetic
         raise InputError(f"config.json: a decoder of model_type {kind!r} is not supported, only {', '.join(DECODERS)}")
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
@@ -1216,12 +1229,12 @@ def guess(name, shape, D, Dv):
     return f"agf.{at}.{leaf}" if leaf and at.isdecimal() else None
 
 
-def map_keys(names, shapes, model):
+def map_keys(names, shapes, model, extended=False):
     """Our names against the model's -> ({our name: published name}, {ignored name: reason}, [parts that start fresh]).
 
-    names: {published name: our name}; shapes: {published name: shape}. Fresh may be, each only as a whole: AMP and AGF,
-    and beside a bare vision encoder the projector and newline. Raises InputError naming every missing, unexpected and
-    misshapen key at once.
+    names: {published name: our name}; shapes: {published name: shape}. Fresh may be, each only as a whole: AMP and AGF
+    where the checkpoint was extended by a fusion, and beside a bare vision encoder the projector and newline. Raises
+    InputError naming every missing, unexpected and misshapen key at once.
     """
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
     mapping, ignored, problems = {}, {}, {"missing": [], "unexpected": [], "misshapen": []}
@@ -1240,7 +1253,7 @@ def map_keys(names, shapes, model):
             if [n for n in shape if n != 1] != [n for n in want if n != 1]:
                 problems["misshapen"].append(f"{name} {list(shape)} instead of {list(want)}")
     have = {name for name in expected if name in mapping or all(f"{name}[{i}]" in mapping for i in range(3))}
-    groups = [("amp.", "agf.")]
+    groups = [("amp.", "agf.")] if extended else []
     if any(name.startswith("vision_model.") for name in names):
         groups.append(("projector.", "image_newline"))
     absent = tuple(p for group in groups if not any(name.startswith(group) for name in mapping) for p in group)

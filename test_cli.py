@@ -1869,7 +1869,7 @@ FOREIGN = {  # fusion, names, what the user has to add
 
 
 @pytest.mark.parametrize("case", FOREIGN)
-def test_foreign_tensors_known_by_shape(case, tmp_path):
+def test_foreign_tensors_known_by_shape(case, tmp_path, capsys):
     """AMP and AGF under other names are known by shape; routes, rank, gate and sharing come from what is found."""
     fields, names, key_map = FOREIGN[case]
     model = foreign_checkpoint(tmp_path, preset("cli", lora_alpha=5.0, **fields), **names)
@@ -1878,6 +1878,10 @@ def test_foreign_tensors_known_by_shape(case, tmp_path):
     check_foreign(tmp_path, model, key_map | {"lora_alpha": model.config.fusion.lora_alpha})
     if model.amp:  # not said: twice the rank
         assert load(tmp_path, key_map=key_map).config.fusion.lora_alpha == 2 * 4
+    CLI.from_pretrained(str(tmp_path), key_map=key_map)
+    told = capsys.readouterr().err
+    assert f"layers <- levels {dict(model.config.fusion.routes)}" in told and ("alpha / rank 8 / 4" in told) == bool(
+        model.amp), told
     if "{l}" in names["agf"]:  # the names say 1 and 3
         fails(lambda: load(tmp_path, key_map=key_map | {"decoder_layers": "0,2"}), "decoder_layers is [0, 2]")
 
@@ -2122,8 +2126,10 @@ def test_a_fusion_is_not_exchanged(tmp_path):
         fails(lambda other=other: load(tmp_path, fusion=other), "it has one of its own")
     fails(lambda: load(tmp_path, fusion="cli", fusion_fields={"rank": 3}), "fusion_fields", "rank")
     fails(lambda: load(tmp_path, fusion_fields={"lora_rank": 3}), "fusion_fields", "preset")
+    fails(lambda: load(tmp_path, key_map={"lora_alpha": 8.0}), "a key map is for the checkpoints of others")
     whole = load_file(tmp_path / "model.safetensors")
-    for part in (("amp.",), ("agf.",), ("projector.", "image_newline")):  # nor do parts that were lost start afresh
+    lost = (("amp.",), ("agf.",), ("amp.", "agf."), ("projector.", "image_newline"))  # nor do these start afresh
+    for part in lost:
         save_file({k: v for k, v in whole.items() if not k.startswith(part)}, tmp_path / "model.safetensors")
         fails(lambda: load(tmp_path), "missing", *part)
 
@@ -2334,6 +2340,9 @@ def test_bare_parts_as_a_start(alone, tmp_path, capsys):
     assert model.logits(prompt(1), [picture(30, 20)]).isfinite().all()
     assert model.config.image_aspect_ratio == "anyres_max_9" and len(model.config.grid_pinpoints) == 36
     assert model.image_newline.std().item() == pytest.approx(WIDTH**-0.5, rel=0.4)
+    raw = cli.read_json(tmp_path / "qwen/config.json") | {"model_type": "granite"}  # same names, other arithmetic
+    cli.write_text(tmp_path / "qwen/config.json", json.dumps(raw))
+    fails(lambda: load(tmp_path / "qwen", vision=str(tmp_path / "siglip")), "granite", "qwen2, llama, mistral")
 
 
 def test_dtype_and_tokenizer_travel(base, qwen, tmp_path):
@@ -2749,6 +2758,19 @@ def test_sample_batch_resumes(sample_model, tmp_path, monkeypatch, capsys):
         out.write_text(precious, encoding="utf-8")
         status, _, err = run_sample(monkeypatch, capsys, *common, *["--max-new-tokens", 4] * (precious == lines[0]))
         assert status == 2 and "choose another --out" in err and out.read_text(encoding="utf-8") == precious
+    out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    trained = CLI.from_pretrained
+
+    def trained_more(*arguments, **options):
+        model = trained(*arguments, **options)
+        model.projector[2].bias.data += 1
+        return model
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CLI, "from_pretrained", trained_more)
+        status, _, err = run_sample(patch, capsys, *common)
+    assert status == 2 and "with the weights it has now" in err
+    out.write_text(lines[0], encoding="utf-8")
     (tmp_path / "none.jsonl").write_text("\n")  # and where nothing is asked
     nothing = ["--model", sample_model, "--batch", tmp_path / "none.jsonl", "--out", out]
     status, _, err = run_sample(monkeypatch, capsys, *nothing)
@@ -2756,7 +2778,7 @@ def test_sample_batch_resumes(sample_model, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("line", ["{", '{"image": "a.png"}', '{"prompt": "x", "image": 3}', "[" * 100_000,
-                                  '{"prompt": "x", "images": ["a.png"]}'])
+                                  '{"prompt": "x", "images": ["a.png"]}', '{"prompt": "x", "image": ""}'])
 def test_sample_batch_refuses_bad_lines(line, tmp_path, monkeypatch, capsys):
     """A malformed line is named by file and number before anything is done, a model loaded even."""
     questions = tmp_path / "bad.jsonl"
@@ -2790,6 +2812,8 @@ def test_sample_refuses(sample_model, tmp_path, monkeypatch, capsys):
                             ([*before[:2], "--batch", "q", "--out", "o", "--batch-size", 0], "--batch-size must be"),
                             ([*before, "--gates", absent / "g.png"], "no such folder"),
                             ([*before, "--gates", tmp_path], "not a file"),
+                            ([*before, "--image", sample_model / "a.png", "--gates", sample_model / "a.png"],
+                             "a.png would replace the picture"),
                             ([*before[:2], "--batch", absent, "--out", "/dev/null"], "not a file"),
                             ([*real, "\udcff"], "not valid Unicode"),
                             ([*real, "x", "--gates", drawn], "--gates: nothing is let in"),
