@@ -903,6 +903,7 @@ class CLI(nn.Module):
         cache.reserve(min(max(cache.lengths) + room, self.config.decoder.max_position_embeddings))
         tokens = torch.cat([torch.as_tensor(p, device=self.device, dtype=torch.long) for p in prompts])
         pictures = [p for ps in images for p in ps]
+        self.gates = {}  # an earlier call's, should this one be interrupted
         logits, self.gates = self(tokens, pictures, seqlens, cache=cache, select="last")
         generator = torch.Generator(self.device).manual_seed(seed)
         done = [False] * len(prompts)
