@@ -55,6 +55,7 @@ PICTURES = ["text", "picture", "pictures"]  # kinds of LLaVA rows: how many pict
 def read_conversation(record: dict) -> tuple[list, list]:
     """LLaVA's format, by the original's rules. -> (turns [(role, content)], names or bytes of the pictures)
 
+    Pictures without any <image> go in front; the original would train on the text alone, as if it had seen none.
     Raises: InputError where the record is not a conversation that can be trained on.
     """
     if not isinstance(record, dict) or not isinstance(record.get("conversations"), list):
