@@ -30,7 +30,7 @@ HERE = Path(__file__).resolve().parent
 NANO = str(HERE / "assets/nano")
 DEMO = [("single.png", "What is this?"), ("single.png", "What colour is the background?"),
         ("scene.png", "What is in the top right?")]
-# What an answer depends on beside its question, model and dtype: kept with it. (Sampled, on its batch too.)
+# What an answer depends on beside its question, model, weights and dtype: kept with it. (Sampled, on its batch too.)
 OPTIONS = ("fusion", "vision", "key_map", "max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty",
            "seed")
 
@@ -242,7 +242,7 @@ def kept(row, line):
 
 
 def fingerprint(model):
-    """Hash of some values of each tensor: another one after more training, or with another key map."""
+    """Hash of the first values of every tensor: more training or another key map hardly leaves all of them alone."""
     some = [p.flatten()[:8].float().cpu() for p in model.parameters()]
     return hashlib.sha256(torch.cat(some).detach().numpy().tobytes()).hexdigest()[:16]
 

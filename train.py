@@ -916,7 +916,7 @@ def end_without(child):
     while not dist.is_initialized():
         if child.poll():
             time.sleep(5)  # a mistake of both is told meanwhile
-            print("error: another process of this run ended: the same with --ranks 1 works, or says why",
+            print("error: another process of this run ended: with --ranks 1 and a new --out it works, or says why",
                   file=sys.stderr, flush=True)
             os._exit(2)
         time.sleep(0.1)
@@ -952,7 +952,7 @@ def main():
         raise
     except RuntimeError as e:
         if "by peer" in str(e):  # closed or reset: what a collective says when the other side is gone
-            raise InputError("another process of this run ended; with --ranks 1 the same command says why") from e
+            raise InputError("another process of this run ended; with --ranks 1 and a new --out it says why") from e
         raise
     first = not dist.is_initialized() or dist.get_rank() == 0
     if dist.is_initialized():  # by all at once: with NCCL the others would wait for rank 0's scores
