@@ -5,6 +5,7 @@ that on a fresh model a dropped bias or two swapped norms would not be seen (tes
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import copy
 import dataclasses
@@ -51,7 +52,7 @@ import train
 from assets.emoji import scenes
 from cli import CLI, IGNORE, IMAGE_TOKEN, PRESETS, Config, DecoderConfig, FusionConfig, InputError, VisionConfig
 from experiments import fusion as study
-from experiments import fusion_probe, fusion_report, one_kind, speed, speedups
+from experiments import fusion_both, fusion_probe, fusion_report, one_kind, speed, speedups
 from experiments.tasks.nano import utils as nano_task
 
 torch.set_num_threads(1)  # the models are tiny: a second thread only waits
@@ -4887,6 +4888,112 @@ def test_fusion_runs_on_cached_levels(few, tmp_path, monkeypatch):
         assert (file.stat().st_ino == before) == (not change)
 
 
+@pytest.mark.parametrize("split", ["train", *scenes.VALIDATION])
+def test_fusion_both_questions(split):
+    """Name, colour and both are those of the cell that is asked about, which is of the split's part of the corpus: new
+    concepts, known ones by an artist or on a colour that training never shows them by or on."""
+    rng, pools, concepts = random.Random(0), emoji_pools(0, 16), scenes.load_emoji()[1]
+    part = "train" if split == "train" else scenes.VALIDATION[split][0]
+    for kind in 20 * list(fusion_both.KINDS):
+        cells, question, answer, key = fusion_both.make_question(rng, 0, pools, split, kind)
+        at = 0
+        if kind.endswith("_at"):
+            (at,) = (i for i, p in enumerate(scenes.POSITIONS[2]) if p.split("/")[0] in question)
+        assert len(cells) == len({cell[0] for cell in cells}) == (4 if kind.endswith("_at") else 1)
+        concept, artist, *_, colour, _ = concepts[cells[at][0]], *cells[at][1:]
+        name = concept["name"]
+        assert answer == {"name": name, "background": colour, "both": f"{name}, {colour}"}[kind.removesuffix("_at")]
+        assert concept.get("base", concept["id"]) == key and "{" not in question
+        assert scenes.part_of(0, concept, artist) == part.replace("scene", "train")
+        assert colour in scenes.colours_of(0, key, part == "scene")
+        for other in (cell for i, cell in enumerate(cells) if i != at):
+            assert scenes.part_of(0, concepts[other[0]], other[1]) in (part, "train" if part != "concept" else part)
+
+
+def test_fusion_both_runs(few, tmp_path, monkeypatch):
+    """Name and background in one answer: the encoder's levels in its place give what it gives; every variant is
+    trained at the rate that fusion.py chose, from its seed's model; the study goes on with what is missing."""
+    monkeypatch.setattr(fusion_both, "LEVELS", (1, 2))
+    reach = {"decoder_layers": "0,1", "vision_levels": "1,2", "lora_rank": 2, "lora_alpha": 4.0}
+    monkeypatch.setattr(study, "REACH", reach)
+    encoder = tiny_model(few, fusion="none", fusion_fields={})
+    for name in ("encoder", "models/pretrain-0", "models/pretrain-1"):
+        encoder.save_pretrained(tmp_path / name)
+    for variant, rate in (("none", 1e-3), ("cli", 2e-3)):
+        result = {"spec": {"regime": "tuned", "variant": variant, "seed": 0, "rate": rate}, "right": {"dev": "ff"}}
+        study.write_json(tmp_path / f"study/{variant}.json", result)
+
+    class Pool:  # in this process
+        def __init__(self, *_):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def shutdown(self, **_):
+            pass
+
+        def submit(self, run, args, spec):
+            done.append((spec["name"], spec["rate"], spec["steps"]))
+            future = concurrent.futures.Future()
+            future.set_result(run(args, spec))
+            return future
+
+    done, trained = [], []
+    monkeypatch.setattr(fusion_both, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(study, "build", lambda *a, build=study.build: trained.append(a[1]) or build(*a))
+
+    def run_main(*flags):
+        monkeypatch.setattr(sys, "argv", [
+            "fusion_both.py", "--data", str(few), "--encoder", f"{tmp_path}/encoder", "--models", f"{tmp_path}/models",
+            "--study", f"{tmp_path}/study", "--results", f"{tmp_path}/results", "--device", "cpu", "--steps", "2",
+            "--dtype", "float32", "--batch-rows", "4", "--questions", "12", *flags])
+        threads = torch.get_num_threads()
+        try:
+            fusion_both.main()
+        finally:
+            torch.set_num_threads(threads)
+
+    run_main("--seeds", "0", "--variants", "none", "cli")
+    assert done == [("both-none-0", 1e-3, 2), ("both-cli-0", 2e-3, 2)]
+    assert [(cfg.lr_decoder, cfg.init_from, cfg.lr_vision) for cfg in trained] == [
+        (rate, f"{tmp_path}/models/pretrain-0", 0) for rate in (1e-3, 2e-3)]
+    assert trained[1].fusion_fields == reach
+    found = cli.read_json(tmp_path / "results/both-cli-0.json")
+    questions = cli.read_json(tmp_path / "results/questions.json")
+    assert set(found["gates"]["0"]["kinds"]) == {*fusion_both.KINDS} and {*found["right"]} == {*questions}
+    assert set(questions["val_concept"]["kind"]) == {"background", "background_at"}
+    run_main("--seeds", "0", "1", "--variants", "cli")
+    assert [name for name, *_ in done[2:]] == ["both-cli-1"] and trained[2].init_from.endswith("pretrain-1")
+    fails(lambda: run_main("--seeds", "0", "--variants", "cli", "--steps", "3"), "both-cli-0.json", "other settings")
+    fails(lambda: run_main("--seeds", "2"), "pretrain-2", "missing")
+    fails(lambda: run_main("--seeds", "1", "--variants", "none", "--dtype", "bfloat16"), "both-cli-1", "dtype='float32'")
+    fails(lambda: run_main("--seeds", "1", "--variants", "none", "--questions", "6"), "questions=12")
+    fails(lambda: run_main("--seeds", "0", "--variants", "sli"), "a learning rate for sli")
+
+    args = argparse.Namespace(data=few, models=tmp_path / "models", encoder_hash="e", device="cpu",
+                              encoder=tmp_path / "encoder", steps=2, batch_rows=4, questions=6)
+    recipes, encode = {}, fusion_both.Questions.encode
+    monkeypatch.setattr(fusion_both.Questions, "encode", lambda self, args, split, found, *rest: (
+        recipes.setdefault(split, found), encode(self, args, split, found, *rest))[1])
+    sets = fusion_both.open_questions(args)
+    assert [len(rows) for rows in sets.values()] == [8, 6, 6, 6, 6]
+    rows, model = sets["val_seen"], tiny_model(few, fusion_fields={**FUSION, "vision_levels": "1,2"}).eval()
+    batch = rows.batch([0, 5])
+    pixels = [cli.prepare_image(scenes.open_picture(recipe), dataclasses.replace(
+        model.config, image_aspect_ratio="anyres_max_9")) for recipe in recipes["val_seen"][::5]]
+    model.vision = encoder.vision
+    with torch.no_grad():
+        whole = model(**{**batch, "pictures": pixels})
+        model.vision = study.Levels((1, 2))
+        loss, count, _ = model(**batch)
+    assert count == whole[1] and loss.item() == pytest.approx(whole[0].item(), rel=0.02)  # kept in bfloat16
+    assert rows.costs[0] == len(rows.items[0][0]) - 1 + cli.visual_tokens(pixels[0], model.config)
+
+
 def test_fusion_interval():
     """It covers a known mean about as often as it says, is wider where questions about a concept go together, and of
     identical answers is a point."""
@@ -5225,7 +5332,8 @@ def test_fusion_report_without_runs(tmp_path):
     pages = [tmp_path / name for name in ("page.md", "readme.md")]
     for page in pages:
         page.write_text("before\n<!-- fusion -->\nstale\n<!-- end -->\nafter\n")
-    fusion_report.report(argparse.Namespace(results=tmp_path / "none", page=pages[0], readme=pages[1]))
+    fusion_report.report(argparse.Namespace(results=tmp_path / "none", page=pages[0], readme=pages[1],
+                                            both=tmp_path / "none"))
     for page in pages:
         text = page.read_text()
         assert text.startswith("before\n<!-- fusion -->\n") and text.endswith("Not run yet.\n<!-- end -->\nafter\n")

@@ -14,6 +14,7 @@ missing. experiments/fusion_report.py makes the tables.
 import argparse
 import dataclasses
 import functools
+import itertools
 import math
 import multiprocessing
 import os
@@ -23,6 +24,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import torch
@@ -147,14 +149,15 @@ def work_for(parent):
 def make_specs(args):
     """Settings of every run, at the learning rate that fusion.py chose for its variant."""
     chosen = study.load_results(argparse.Namespace(results=args.study))
-    specs, plan = [], cli.read_json(args.study / "plan.json", {})
+    specs = []
     for variant, seed in ((v, s) for v in args.variants for s in args.seeds):
         rate, base = study.best_rate(chosen, "tuned", variant), args.models / f"pretrain-{seed}" / "model.safetensors"
         if not rate or not base.exists():
             what = f"a learning rate for {variant} in {args.study}" if base.exists() else base
             raise InputError(f"{what} is missing: experiments/fusion.py run makes it")
-        steps, times = args.steps, plan["step_seconds"]
+        steps = args.steps
         if variant == "none_long":
+            times = cli.read_json(args.study / "plan.json")["step_seconds"]
             steps = round(steps * times["cli"] / times["none"])
         _, preset, fields = study.VARIANTS[variant]
         specs.append({"name": f"both-{variant}-{seed}", "regime": "both", "variant": variant, "seed": seed,
@@ -202,8 +205,13 @@ def main():
             raise InputError(f"{args.results}/{spec['name']}.json is of a run with other settings: give another "
                              "--results, or delete it")
         todo += [spec] if not found else []
+    for spec, other in itertools.product(todo, (r["spec"] for r in study.load_results(args))):
+        keys = ["data", "rows", "questions", *(["encoder", "base", "dtype"] if spec["seed"] == other["seed"] else [])]
+        if wrong := [f"{k}={other[k]!r}" for k in keys if spec[k] != other[k]]:
+            raise InputError(f"{args.results} holds {other['name']} with {', '.join(wrong)}: give another --results")
     sets = open_questions(args)
-    questions = {split: {"concept": list(sets[split].concepts), "kind": sets[split].kinds} for split in scenes.VALIDATION}
+    questions = {split: {"concept": list(sets[split].concepts), "kind": sets[split].kinds}
+                 for split in scenes.VALIDATION}
     if cli.read_json(args.results / "questions.json", questions) != questions:
         raise InputError(f"the runs in {args.results} were asked other questions: give another --results")
     study.write_json(args.results / "questions.json", questions)
@@ -212,11 +220,13 @@ def main():
             runs = [pool.submit(run_one, args, spec) for spec in todo]
             for run in (bar := tqdm(as_completed(runs), total=len(todo), desc="runs")):
                 bar.write(run.result())
-        except BaseException:
+        except BrokenProcessPool as e:
+            raise InputError("the process of a run was killed (for want of memory? Fewer --jobs); the same command "
+                             "goes on") from e
+        finally:
             pool.shutdown(wait=False, cancel_futures=True)
             for child in multiprocessing.active_children():
                 child.terminate()
-            raise
 
 
 if __name__ == "__main__":

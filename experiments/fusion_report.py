@@ -5,6 +5,7 @@
 Needs matplotlib once there are runs.
 """
 
+import argparse
 import os
 import sys
 from pathlib import Path
@@ -286,6 +287,53 @@ def sweeps_by_need_table(answers):
     return markdown(["choice", "here", *(", ".join(group) for group in found)], rows)
 
 
+def load_both(folder):
+    """Answers of the runs of fusion_both.py, whose regime is "both"."""
+    answers = Answers([], cli.read_json(folder / "questions.json", {}))
+    for result in load_results(argparse.Namespace(results=folder)):
+        answers.runs.setdefault(("both", result["spec"]["variant"]), {})[result["spec"]["seed"]] = result
+    return answers
+
+
+def both_table(answers):
+    """Name and background in one answer. Of known drawings beside it each alone and their product, which the two in one
+    answer would have if a mistake in the one said nothing about the other (mean over one thing and a scene's)."""
+    def of(split, *kinds):
+        return np.isin(answers.kinds, kinds) & (answers.splits == split)
+
+    rows, known = [], of("val_seen", "both", "both_at")
+    for variant, (label, *_) in VARIANTS.items():
+        key = ("both", variant)
+        if key not in answers.runs:
+            continue
+        right = answers.right(key)
+        alone = {kind: right[:, of("val_seen", kind)].mean(1) for kind in ("name", "background", "name_at",
+                                                                           "background_at")}
+        product = (alone["name"] * alone["background"] + alone["name_at"] * alone["background_at"]) / 2
+        beside = [percent(answers.difference(key, ("both", other), known), True) if variant != other else ""
+                  for other in ("none", "sli")]
+        rows.append([label, percent(answers.accuracy(key, known)), *beside,
+                     *(f"{100 * x.mean():.1f}" for x in (product, (alone["name"] + alone["name_at"]) / 2,
+                                                         (alone["background"] + alone["background_at"]) / 2)),
+                     *(percent(answers.accuracy(key, of(split, "both", "both_at"))) for split in ("val_scene",
+                                                                                                  "val_pair")),
+                     by_seed(right[:, known], ""), ", ".join(map(str, sorted(answers.runs[key])))])
+    return markdown(["variant", "both, known drawings", "minus none", "minus SLI", "product of the two alone", "name",
+                     "background", "both, a colour it never stood on", "both, new drawings", "both, each seed",
+                     "seeds"], rows)
+
+
+def both_gates_table(answers):
+    """Mean W over levels, seed by seed, of every kind of question."""
+    rows, kinds = [], list(dict.fromkeys(answers.kinds.tolist()))
+    for variant in VARIANTS:
+        runs = [r for _, r in sorted(answers.runs.get(("both", variant), {}).items()) if "gates" in r]
+        for l in runs[0]["gates"] if runs else ():
+            rows.append([VARIANTS[variant][0], l, " / ".join(state(r["gates"][l]) for r in runs), *(
+                " / ".join(f"{np.mean(r['gates'][l]['kinds'][kind]):.2f}" for r in runs) for kind in kinds)])
+    return markdown(["variant", "decoder layer", "gates", *kinds], rows)
+
+
 def figures(args, answers):
     """Draw what there are runs for -> {name: path}."""
     try:
@@ -410,6 +458,10 @@ def report(args):
     lines += ["### Where the paper is silent", "", f"Gates: {STATES}.", "", *shown(sweeps_table(answers)),
               "Points of accuracy against CLI, each of these seeds, by what a question is about:", "",
               *shown(sweeps_by_need_table(answers))]
+    both = load_both(args.both)
+    lines += ["### Both at once: name and background in one answer", "", *shown(both_table(both)),
+              f"Mean W over the levels, each seed, by kind of question (gates: {STATES}):", "",
+              *shown(both_gates_table(both))]
     put_between_marks(args.page, {"fusion": lines})
     used = len({r["spec"]["name"] for runs in answers.runs.values() for r in runs.values()})
     print(f"{len(results)} runs, {len(results) - used} of them at a rate that was not chosen -> {args.readme}, "
@@ -423,8 +475,10 @@ def main():
         help="files of the runs (default: experiments/results/fusion)")
     add("--page", type=Path, default=HERE / "experiments/fusion.md", help="gets all tables (default: this project's)")
     add("--readme", type=Path, default=HERE / "README.md", help="gets the main one (default: this project's)")
+    add("--both", type=Path, default=HERE / "experiments/results/fusion_both",
+        help="files of fusion_both.py's runs (default: experiments/results/fusion_both)")
     args = parser.parse_args()
-    for name in ("results", "page", "readme"):
+    for name in ("results", "both", "page", "readme"):
         setattr(args, name, getattr(args, name).absolute())
     if not args.results.is_dir():
         raise cli.InputError(f"--results {args.results}: no such folder")
