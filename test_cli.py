@@ -5,7 +5,6 @@ that on a fresh model a dropped bias or two swapped norms would not be seen (tes
 """
 
 import argparse
-import concurrent.futures
 import contextlib
 import copy
 import dataclasses
@@ -4907,7 +4906,8 @@ def test_fusion_both_questions(split):
         assert scenes.part_of(0, concept, artist) == part.replace("scene", "train")
         assert colour in scenes.colours_of(0, key, part == "scene")
         for other in (cell for i, cell in enumerate(cells) if i != at):
-            assert scenes.part_of(0, concepts[other[0]], other[1]) in (part, "train" if part != "concept" else part)
+            assert scenes.part_of(0, concepts[other[0]], other[1]) == (part if part == "concept" else "train")
+            assert other[5] in scenes.colours_of(0, concepts[other[0]].get("base", other[0]), part == "scene")
 
 
 def test_fusion_both_runs(few, tmp_path, monkeypatch):
@@ -4917,40 +4917,30 @@ def test_fusion_both_runs(few, tmp_path, monkeypatch):
     reach = {"decoder_layers": "0,1", "vision_levels": "1,2", "lora_rank": 2, "lora_alpha": 4.0}
     monkeypatch.setattr(study, "REACH", reach)
     encoder = tiny_model(few, fusion="none", fusion_fields={})
-    for name in ("encoder", "models/pretrain-0", "models/pretrain-1"):
+    for name in ("encoder", "work/pretrain-0", "work/pretrain-1"):
         encoder.save_pretrained(tmp_path / name)
-    for variant, rate in (("none", 1e-3), ("cli", 2e-3)):
+        made = {"encoder": study.file_hash(tmp_path / "encoder/model.safetensors"), "data": study.data_hash(few),
+                "dtype": "float32"}
+        study.write_json(tmp_path / name / "spec.json", made)
+    for variant, rate in (("none", 1e-3), ("none_long", 1e-3), ("cli", 2e-3)):
         result = {"spec": {"regime": "tuned", "variant": variant, "seed": 0, "rate": rate}, "right": {"dev": "ff"}}
         study.write_json(tmp_path / f"study/{variant}.json", result)
+    study.write_json(tmp_path / "study/plan.json", {"step_seconds": {"cli": 0.3, "none": 0.2}})
 
-    class Pool:  # in this process
-        def __init__(self, *_):
-            pass
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
-        def shutdown(self, **_):
-            pass
-
-        def submit(self, run, args, spec):
+    def work_off(args, todo, run_one):  # in this process
+        for spec in todo:
             done.append((spec["name"], spec["rate"], spec["steps"]))
-            future = concurrent.futures.Future()
-            future.set_result(run(args, spec))
-            return future
+            run_one(args, spec)
 
     done, trained = [], []
-    monkeypatch.setattr(fusion_both, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(study, "work_off", work_off)
     monkeypatch.setattr(study, "build", lambda *a, build=study.build: trained.append(a[1]) or build(*a))
 
     def run_main(*flags):
         monkeypatch.setattr(sys, "argv", [
-            "fusion_both.py", "--data", str(few), "--encoder", f"{tmp_path}/encoder", "--models", f"{tmp_path}/models",
-            "--study", f"{tmp_path}/study", "--results", f"{tmp_path}/results", "--device", "cpu", "--steps", "2",
-            "--dtype", "float32", "--batch-rows", "4", "--questions", "12", *flags])
+            "fusion_both.py", "--data", str(few), "--encoder", f"{tmp_path}/encoder", "--work", f"{tmp_path}/work",
+            "--study", f"{tmp_path}/study", "--device", "cpu", "--dtype", "float32", "--steps", "2", "--batch-rows",
+            "4", "--questions", "12", *flags])
         threads = torch.get_num_threads()
         try:
             fusion_both.main()
@@ -4960,22 +4950,29 @@ def test_fusion_both_runs(few, tmp_path, monkeypatch):
     run_main("--seeds", "0", "--variants", "none", "cli")
     assert done == [("both-none-0", 1e-3, 2), ("both-cli-0", 2e-3, 2)]
     assert [(cfg.lr_decoder, cfg.init_from, cfg.lr_vision) for cfg in trained] == [
-        (rate, f"{tmp_path}/models/pretrain-0", 0) for rate in (1e-3, 2e-3)]
+        (rate, f"{tmp_path}/work/pretrain-0", 0) for rate in (1e-3, 2e-3)]
     assert trained[1].fusion_fields == reach
-    found = cli.read_json(tmp_path / "results/both-cli-0.json")
-    questions = cli.read_json(tmp_path / "results/questions.json")
+    found = cli.read_json(tmp_path / "study_both/both-cli-0.json")
+    questions = cli.read_json(tmp_path / "study_both/questions.json")
     assert set(found["gates"]["0"]["kinds"]) == {*fusion_both.KINDS} and {*found["right"]} == {*questions}
     assert set(questions["val_concept"]["kind"]) == {"background", "background_at"}
     run_main("--seeds", "0", "1", "--variants", "cli")
     assert [name for name, *_ in done[2:]] == ["both-cli-1"] and trained[2].init_from.endswith("pretrain-1")
-    fails(lambda: run_main("--seeds", "0", "--variants", "cli", "--steps", "3"), "both-cli-0.json", "other settings")
-    fails(lambda: run_main("--seeds", "2"), "pretrain-2", "missing")
-    fails(lambda: run_main("--seeds", "1", "--variants", "none", "--dtype", "bfloat16"), "both-cli-1", "dtype='float32'")
+    fails(lambda: run_main("--seeds", "0", "--variants", "cli", "--steps", "3"), "both-cli-0", "steps=2")
+    fails(lambda: run_main("--seeds", "2"), "pretrain-2 is missing")
+    fails(lambda: run_main("--seeds", "1", "--dtype", "bfloat16"), "pretrain-1 was made with dtype='float32'")
     fails(lambda: run_main("--seeds", "1", "--variants", "none", "--questions", "6"), "questions=12")
-    fails(lambda: run_main("--seeds", "0", "--variants", "sli"), "a learning rate for sli")
+    fails(lambda: run_main("--seeds", "0", "--variants", "sli"), "no run of sli")
+    fails(lambda: run_main("--seeds", "0", "--results", f"{tmp_path}/study", "--variants", "cli"), "regime='tuned'")
+    encoder.init_weights(("projector",), 5)
+    encoder.save_pretrained(tmp_path / "work/pretrain-1")
+    fails(lambda: run_main("--seeds", "1", "--variants", "none"), "both-cli-1 with base=")
+    (tmp_path / "study_both/both-none-0.json").unlink()
+    run_main("--seeds", "0", "--variants", "none_long", "none", "none")
+    assert done[3:] == [("both-none_long-0", 1e-3, 3), ("both-none-0", 1e-3, 2)]
 
-    args = argparse.Namespace(data=few, models=tmp_path / "models", encoder_hash="e", device="cpu",
-                              encoder=tmp_path / "encoder", steps=2, batch_rows=4, questions=6)
+    args = argparse.Namespace(data=few, work=tmp_path / "work", encoder=tmp_path / "encoder", device="cpu", steps=2,
+                              batch_rows=4, questions=6)
     recipes, encode = {}, fusion_both.Questions.encode
     monkeypatch.setattr(fusion_both.Questions, "encode", lambda self, args, split, found, *rest: (
         recipes.setdefault(split, found), encode(self, args, split, found, *rest))[1])
@@ -5325,6 +5322,39 @@ def test_fusion_report_tables():
     (row,) = fusion_report.gates_table(answers, "tuned")[2:]
     cells = [cell.strip() for cell in row.split("|")[1:-1]]
     assert cells == ["CLI", "0", "0.250 0.750", "0.125 0.375", "0.000 0.750", "0.50 s / 0.50 o", "7.5"]
+
+
+def test_fusion_report_of_both(tmp_path):
+    """Of made-up runs: both of known drawings, of one thing and of a scene, beside name and background alone and their
+    product; new colours and drawings apart; differences of common seeds alone; W by level and kind of question."""
+    shares = {"name": 0.8, "background": 0.5, "both": 0.3, "name_at": 0.6, "background_at": 0.4, "both_at": 0.1}
+    kinds = {"val_seen": [*shares], "val_concept": ["background", "background_at"], "val_pair": [*shares],
+             "val_scene": [*shares]}
+    questions = {split: {"kind": [k for k in asked for _ in range(10)], "concept": 10 * len(asked) * ["a"]}
+                 for split, asked in kinds.items()}
+    study.write_json(tmp_path / "questions.json", questions)
+    worse = {"val_seen": 0, "val_concept": 0, "val_scene": 0.1, "val_pair": 0.2}
+
+    def write(variant, seed, gained):
+        right = {split: [i < round(10 * (shares[kind] + (gained if "both" in kind else 0) - worse[split]))
+                         for kind in kinds[split] for i in range(10)] for split in kinds}
+        result = {"spec": {"name": f"both-{variant}-{seed}", "regime": "both", "variant": variant, "seed": seed},
+                  "right": {split: study.pack(values) for split, values in right.items()}}
+        if variant == "cli":
+            result["gates"] = {"1": {"kinds": {kind: [seed / 2, shares[kind]] for kind in shares}}}
+        study.write_json(tmp_path / f"both-{variant}-{seed}.json", result)
+
+    for variant, seed, gained in (("none", 0, 0), ("none", 1, 0), ("sli", 0, 0.2), ("sli", 1, 0.2), ("cli", 1, 0.4)):
+        write(variant, seed, gained)
+    answers = fusion_report.load_both(tmp_path)
+    none, sli, one = ([cell.strip() for cell in row.split("|")[1:-1]] for row in fusion_report.both_table(answers)[2:])
+    # (.8 * .5 + .6 * .4) / 2 = .32, of name .7, of background .45
+    assert none[4:9] == ["30.0", "10.0", "32.0", "70.0", "45.0"] and none[1].startswith("20.0 [") and none[2] == ""
+    assert [cell.split()[0] for cell in none[9:12]] == ["10.0", "5.0", "45.0"]  # 30 - 20 and none of 10 - 20
+    assert sli[2].startswith("+20.0 [") and sli[12:] == ["40.0 / 40.0", "0, 1"] and sli[6] == "32.0"
+    assert one[:4] == ["CLI", "60.0", "+40.0", "+20.0"] and one[12:] == ["60.0", "1"]
+    (gates,) = fusion_report.both_gates_table(answers)[2:]
+    assert gates.startswith("| CLI | 1 | 1 | q | 0.50 0.80 | 0.50 0.50 | 0.50 0.30 | 0.50 0.60 |")
 
 
 def test_fusion_report_without_runs(tmp_path):

@@ -474,29 +474,34 @@ def execute(args, specs):
             raise InputError(f"{args.results} holds {other['spec']['name']} with {', '.join(wrong)}: give another "
                              f"--results, or leave seed {spec['seed']} out of --seeds")
     if todo:
-        children, failed = [], []
-        with ThreadPoolExecutor(args.jobs) as threads:
-            try:
-                runs = [threads.submit(in_process, args, spec, children) for spec in todo]
-                for run in (bar := tqdm(as_completed(runs), total=len(todo), desc="runs")):
-                    try:
-                        bar.write(run.result())
-                    except InputError as e:
-                        bar.write(f"failed: {e}")
-                        failed.append(e)
-            finally:
-                threads.shutdown(wait=False, cancel_futures=True)
-                for child in children:
-                    child.terminate()
-        if failed:
-            raise InputError(f"{len(failed)} of {len(todo)} runs failed; the same command tries again: {failed[0]}")
+        work_off(args, todo, run_one)
 
 
-def in_process(args, spec, children):
+def work_off(args, todo, run_one):
+    """run_one(args, spec) of every spec in processes of their own. Raises InputError at the end if some failed."""
+    children, failed = [], []
+    with ThreadPoolExecutor(args.jobs) as threads:
+        try:
+            runs = [threads.submit(in_process, args, spec, run_one, children) for spec in todo]
+            for run in (bar := tqdm(as_completed(runs), total=len(todo), desc="runs")):
+                try:
+                    bar.write(run.result())
+                except InputError as e:
+                    bar.write(f"failed: {e}")
+                    failed.append(e)
+        finally:
+            threads.shutdown(wait=False, cancel_futures=True)
+            for child in children:
+                child.terminate()
+    if failed:
+        raise InputError(f"{len(failed)} of {len(todo)} runs failed; the same command tries again: {failed[0]}")
+
+
+def in_process(args, spec, run_one, children):
     """A run in a process of its own, so that its memory is its own -> a line about it. Raises InputError."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=tell_run, args=(sender, args, spec, os.getpid()))
+    child = context.Process(target=tell_run, args=(sender, args, spec, run_one, os.getpid()))
     child.start()
     children.append(child)
     sender.close()
@@ -511,7 +516,7 @@ def in_process(args, spec, children):
     return found
 
 
-def tell_run(sender, args, spec, parent):  # told by it: it may be gone before this one can ask for its own parent
+def tell_run(sender, args, spec, run_one, parent):  # the parent may be gone before this one can ask for it
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     threading.Thread(target=train.end_with, args=[parent], daemon=True).start()  # not to outlive it
     try:

@@ -1,7 +1,7 @@
 """Both at once: a thing's name and the colour behind it in one answer, for every way to let vision levels in.
 
     python experiments/fusion.py run --results out/study                 its encoder, pre-trained models and rates
-    python experiments/fusion_both.py --study out/study --results out/study_both
+    python experiments/fusion_both.py --study out/study
 
 The last level knows the name and hardly the background, the first one the reverse (experiments/fusion.md). Here some
 questions ask for the one, some for the other, and some for both, of one thing and of the four things of a scene, so
@@ -16,15 +16,9 @@ import dataclasses
 import functools
 import itertools
 import math
-import multiprocessing
-import os
 import random
-import signal
 import sys
-import threading
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import torch
@@ -87,8 +81,9 @@ class Questions:
 
     def encode(self, args, split, recipes, cells, model):
         """Pictures whose crops are bfloat16[n, levels, patches, width]; computed once and mapped from then on."""
-        key = train.sha256("\n".join([args.encoder_hash, *map(bytes.decode, recipes)]))[:16]
-        path = args.models / "both" / f"{split}-{key}.safetensors"
+        weights = study.file_hash(args.encoder / "model.safetensors")
+        key = train.sha256("\n".join([weights, *map(bytes.decode, recipes)]))[:16]
+        path = args.work / "both" / f"{split}-{key}.safetensors"
         sizes = [scenes.recipe_size(recipe) for recipe in recipes]
         grids = [(math.isqrt(n), math.isqrt(n)) for n in cells]
         crops = [cli.count_crops(grid, grid) for grid in grids]
@@ -141,30 +136,44 @@ def run_one(args, spec):
     return f"{spec['name']}: {result['seconds'] / 60:.1f} min, loss {curve[-1]['loss']:.3f}"
 
 
-def work_for(parent):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
-    threading.Thread(target=train.end_with, args=[parent], daemon=True).start()  # not to outlive it
-
-
 def make_specs(args):
-    """Settings of every run, at the learning rate that fusion.py chose for its variant."""
-    chosen = study.load_results(argparse.Namespace(results=args.study))
-    specs = []
-    for variant, seed in ((v, s) for v in args.variants for s in args.seeds):
-        rate, base = study.best_rate(chosen, "tuned", variant), args.models / f"pretrain-{seed}" / "model.safetensors"
-        if not rate or not base.exists():
-            what = f"a learning rate for {variant} in {args.study}" if base.exists() else base
-            raise InputError(f"{what} is missing: experiments/fusion.py run makes it")
-        steps = args.steps
+    """Settings of every run: from its seed's pre-trained model, at the rate that fusion.py chose for its variant."""
+    chosen, bases, specs = study.load_results(argparse.Namespace(results=args.study)), {}, []
+    own = {"encoder": study.file_hash(args.encoder / "model.safetensors"), "data": study.data_hash(args.data),
+           "dtype": args.dtype}
+    for seed in args.seeds:
+        folder = args.work / f"pretrain-{seed}"
+        made = cli.read_json(folder / "spec.json", {})
+        if not made:
+            raise InputError(f"{folder} is missing: experiments/fusion.py run --seeds {seed} makes it")
+        if wrong := [f"{k}={made[k]!r}" for k in own if made[k] != own[k]]:
+            raise InputError(f"{folder} was made with {', '.join(wrong)}, not {', '.join(str(own[k]) for k in own)}")
+        bases[seed] = study.file_hash(folder / "model.safetensors")
+    for variant, seed in itertools.product(args.variants, args.seeds):
+        rate, steps = study.best_rate(chosen, "tuned", variant), args.steps
+        if not rate:
+            raise InputError(f"{args.study} has no run of {variant}, whose learning rate this takes: fusion.py run")
         if variant == "none_long":
             times = cli.read_json(args.study / "plan.json")["step_seconds"]
             steps = round(steps * times["cli"] / times["none"])
         _, preset, fields = study.VARIANTS[variant]
         specs.append({"name": f"both-{variant}-{seed}", "regime": "both", "variant": variant, "seed": seed,
                       "rate": rate, "steps": steps, "preset": preset, "fields": fields, "batch_rows": args.batch_rows,
-                      "rows": args.steps * args.batch_rows, "questions": args.questions, "dtype": args.dtype,
-                      "encoder": args.encoder_hash, "base": study.file_hash(base), "data": study.data_hash(args.data)})
+                      "rows": args.steps * args.batch_rows, "questions": args.questions, "base": bases[seed], **own})
     return specs
+
+
+def missing(args, specs):
+    """Those without a file. Raises InputError if a file is of other settings, or of runs that do not compare."""
+    others = study.load_results(args)
+    for spec, other in itertools.product(specs, (r["spec"] for r in others)):
+        keys = ["regime", "data", "rows", "questions"]  # alike in a study; within a seed, too
+        keys += ["encoder", "base", "dtype"] if spec["seed"] == other["seed"] else []
+        if wrong := [k for k in (spec if spec["name"] == other.get("name") else keys) if other.get(k) != spec[k]]:
+            raise InputError(f"{args.results} holds {other.get('name')} with {wrong[0]}={other.get(wrong[0])!r}: give "
+                             "another --results")
+    done = {r["spec"]["name"] for r in others}
+    return [spec for spec in specs if spec["name"] not in done]
 
 
 def main():
@@ -172,12 +181,13 @@ def main():
     add = parser.add_argument
     add("--data", type=Path, default=HERE / "data/emoji", help="what prepare_data.py wrote (default: data/emoji)")
     add("--encoder", type=Path, default=HERE / "out/nano/encode", help="fusion.py's (default: out/nano/encode)")
-    add("--models", type=Path, default=HERE / "out/fusion", help="fusion.py's --work, where its pre-trained models are")
-    add("--study", type=Path, default=HERE / "experiments/results/fusion", help="fusion.py's --results, for its rates")
-    add("--results", type=Path, default=HERE / "experiments/results/fusion_both",
-        help="one JSON file a run (default: experiments/results/fusion_both)")
+    add("--work", type=Path, default=HERE / "out/fusion", help="fusion.py's, with its pre-trained models (default: "
+        "out/fusion); gets the levels, 1.6 GB")
+    add("--study", type=Path, default=HERE / "experiments/results/fusion",
+        help="fusion.py's --results, for its rates (default: experiments/results/fusion)")
+    add("--results", type=Path, help="one JSON file a run (default: --study's name, with _both)")
     add("--seeds", type=int, nargs="+", default=study.SEEDS, help="default: 0 to 4")
-    add("--variants", nargs="+", choices=list(study.VARIANTS), default=list(study.VARIANTS))
+    add("--variants", nargs="+", choices=list(study.VARIANTS), default=list(study.VARIANTS), help="default: all")
     add("--steps", type=int, default=1800, help="of every run (default: %(default)s)")
     add("--batch-rows", type=int, default=12, help="rows of a step (default: %(default)s)")
     add("--questions", type=int, default=600, help="of every validation split (default: %(default)s)")
@@ -186,47 +196,29 @@ def main():
     add("--device", default="auto", help="cpu, cuda, mps or auto")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of training; scores are in float32")
     args = parser.parse_args()
+    args.seeds, args.variants = sorted(set(args.seeds)), list(dict.fromkeys(args.variants))
     for name in ("steps", "batch_rows", "questions", "log_every", "jobs"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1")
-    for name in ("data", "encoder", "models", "study", "results"):
+    for name in ("data", "encoder", "work", "study"):
         setattr(args, name, getattr(args, name).absolute())
+    args.results = (args.results or args.study.with_name(args.study.name + "_both")).absolute()
     if not (args.encoder / "model.safetensors").exists():
         raise InputError(f"{args.encoder} holds no encoder: experiments/fusion.py run trains it")
     device, _ = cli.pick_device(args.device)
     args.device, args.dtype = str(device), str(train.training_dtype(args.dtype, device)[0]).removeprefix("torch.")
     args.device_name = torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type}, one thread a run"
-    args.commit, args.encoder_hash = train.commit(), study.file_hash(args.encoder / "model.safetensors")
-    args.work = args.models  # where fusion.py's functions look for pre-trained models
-    todo = []
-    for spec in make_specs(args):
-        found = cli.read_json(args.results / f"{spec['name']}.json", {})
-        if found and found["spec"] != spec:
-            raise InputError(f"{args.results}/{spec['name']}.json is of a run with other settings: give another "
-                             "--results, or delete it")
-        todo += [spec] if not found else []
-    for spec, other in itertools.product(todo, (r["spec"] for r in study.load_results(args))):
-        keys = ["data", "rows", "questions", *(["encoder", "base", "dtype"] if spec["seed"] == other["seed"] else [])]
-        if wrong := [f"{k}={other[k]!r}" for k in keys if spec[k] != other[k]]:
-            raise InputError(f"{args.results} holds {other['name']} with {', '.join(wrong)}: give another --results")
+    args.commit = train.commit()
+    todo = missing(args, make_specs(args))
+    print(f"{len(todo)} runs of {args.steps} steps of {args.batch_rows} rows, {args.jobs} at a time")
     sets = open_questions(args)
     questions = {split: {"concept": list(sets[split].concepts), "kind": sets[split].kinds}
                  for split in scenes.VALIDATION}
     if cli.read_json(args.results / "questions.json", questions) != questions:
         raise InputError(f"the runs in {args.results} were asked other questions: give another --results")
     study.write_json(args.results / "questions.json", questions)
-    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn"), work_for, [os.getpid()]) as pool:
-        try:
-            runs = [pool.submit(run_one, args, spec) for spec in todo]
-            for run in (bar := tqdm(as_completed(runs), total=len(todo), desc="runs")):
-                bar.write(run.result())
-        except BrokenProcessPool as e:
-            raise InputError("the process of a run was killed (for want of memory? Fewer --jobs); the same command "
-                             "goes on") from e
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for child in multiprocessing.active_children():
-                child.terminate()
+    if todo:
+        study.work_off(args, todo, run_one)
 
 
 if __name__ == "__main__":

@@ -297,41 +297,43 @@ def load_both(folder):
 
 def both_table(answers):
     """Name and background in one answer. Of known drawings beside it each alone and their product, which the two in one
-    answer would have if a mistake in the one said nothing about the other (mean over one thing and a scene's)."""
+    answer would have if a mistake in the one said nothing about the other; mean over one thing and a scene's."""
     def of(split, *kinds):
         return np.isin(answers.kinds, kinds) & (answers.splits == split)
+
+    def mean(x):
+        return f"{100 * x.mean():.1f}"
 
     rows, known = [], of("val_seen", "both", "both_at")
     for variant, (label, *_) in VARIANTS.items():
         key = ("both", variant)
-        if key not in answers.runs:
-            continue
-        right = answers.right(key)
-        alone = {kind: right[:, of("val_seen", kind)].mean(1) for kind in ("name", "background", "name_at",
-                                                                           "background_at")}
-        product = (alone["name"] * alone["background"] + alone["name_at"] * alone["background_at"]) / 2
-        beside = [percent(answers.difference(key, ("both", other), known), True) if variant != other else ""
-                  for other in ("none", "sli")]
-        rows.append([label, percent(answers.accuracy(key, known)), *beside,
-                     *(f"{100 * x.mean():.1f}" for x in (product, (alone["name"] + alone["name_at"]) / 2,
-                                                         (alone["background"] + alone["background_at"]) / 2)),
-                     *(percent(answers.accuracy(key, of(split, "both", "both_at"))) for split in ("val_scene",
-                                                                                                  "val_pair")),
-                     by_seed(right[:, known], ""), ", ".join(map(str, sorted(answers.runs[key])))])
-    return markdown(["variant", "both, known drawings", "minus none", "minus SLI", "product of the two alone", "name",
-                     "background", "both, a colour it never stood on", "both, new drawings", "both, each seed",
-                     "seeds"], rows)
+        if key in answers.runs:
+            right = answers.right(key)
+            one, scene = ({kind: right[:, of("val_seen", kind + at)].mean(1) for kind in ("name", "background", "both")}
+                          for at in ("", "_at"))
+            beside = [percent(answers.difference(key, ("both", other), known), True) if variant != other else ""
+                      for other in ("none", "sli")]
+            apart = [(one[kind] + scene[kind]) / 2 for kind in ("name", "background")]
+            product = (one["name"] * one["background"] + scene["name"] * scene["background"]) / 2
+            new = [of("val_scene", "both", "both_at"), of("val_pair", "both", "both_at")]
+            rows.append([label, percent(answers.accuracy(key, known)), *beside, mean(one["both"]), mean(scene["both"]),
+                         *map(mean, (product, *apart)), *(percent(answers.accuracy(key, where)) for where in new),
+                         mean(right[:, answers.splits == "val_concept"]), by_seed(right[:, known], ""),
+                         ", ".join(map(str, sorted(answers.runs[key])))])
+    return markdown(["variant", "both, known drawings", "minus none", "minus SLI", "of one thing", "in a scene",
+                     "product of the two alone", "name alone", "background alone", "both, on a new colour",
+                     "both, new drawings", "background, new concepts", "both, known, each seed", "seeds"], rows)
 
 
 def both_gates_table(answers):
-    """Mean W over levels, seed by seed, of every kind of question."""
+    """Mean W, level by level, of every kind of question."""
     rows, kinds = [], list(dict.fromkeys(answers.kinds.tolist()))
-    for variant in VARIANTS:
-        runs = [r for _, r in sorted(answers.runs.get(("both", variant), {}).items()) if "gates" in r]
-        for l in runs[0]["gates"] if runs else ():
-            rows.append([VARIANTS[variant][0], l, " / ".join(state(r["gates"][l]) for r in runs), *(
-                " / ".join(f"{np.mean(r['gates'][l]['kinds'][kind]):.2f}" for r in runs) for kind in kinds)])
-    return markdown(["variant", "decoder layer", "gates", *kinds], rows)
+    for variant, (label, *_) in VARIANTS.items():
+        runs = sorted((seed, r["gates"]) for seed, r in answers.runs.get(("both", variant), {}).items() if "gates" in r)
+        for l, (seed, gates) in ((l, run) for l in (runs[0][1] if runs else ()) for run in runs):
+            rows.append([label, l, seed, state(gates[l]),
+                         *(" ".join(f"{x:.2f}" for x in gates[l]["kinds"][kind]) for kind in kinds)])
+    return markdown(["variant", "decoder layer", "seed", "gate", *kinds], rows)
 
 
 def figures(args, answers):
@@ -460,7 +462,7 @@ def report(args):
               *shown(sweeps_by_need_table(answers))]
     both = load_both(args.both)
     lines += ["### Both at once: name and background in one answer", "", *shown(both_table(both)),
-              f"Mean W over the levels, each seed, by kind of question (gates: {STATES}):", "",
+              f"Mean W, level by level, by kind of question (gate: {STATES}):", "",
               *shown(both_gates_table(both))]
     put_between_marks(args.page, {"fusion": lines})
     used = len({r["spec"]["name"] for runs in answers.runs.values() for r in runs.values()})
@@ -475,9 +477,11 @@ def main():
         help="files of the runs (default: experiments/results/fusion)")
     add("--page", type=Path, default=HERE / "experiments/fusion.md", help="gets all tables (default: this project's)")
     add("--readme", type=Path, default=HERE / "README.md", help="gets the main one (default: this project's)")
-    add("--both", type=Path, default=HERE / "experiments/results/fusion_both",
-        help="files of fusion_both.py's runs (default: experiments/results/fusion_both)")
+    add("--both", type=Path, help="files of fusion_both.py's runs (default: --results' name, with _both)")
     args = parser.parse_args()
+    if args.both and not args.both.is_dir():
+        raise cli.InputError(f"--both {args.both}: no such folder")
+    args.both = args.both or args.results.with_name(args.results.name + "_both")
     for name in ("results", "both", "page", "readme"):
         setattr(args, name, getattr(args, name).absolute())
     if not args.results.is_dir():
