@@ -4968,8 +4968,9 @@ def test_fusion_both_runs(few, tmp_path, monkeypatch):
     encoder.save_pretrained(tmp_path / "work/pretrain-1")
     fails(lambda: run_main("--seeds", "1", "--variants", "none"), "both-cli-1 with base=")
     (tmp_path / "study_both/both-none-0.json").unlink()
-    run_main("--seeds", "0", "--variants", "none_long", "none", "none")
-    assert done[3:] == [("both-none_long-0", 1e-3, 3), ("both-none-0", 1e-3, 2)]
+    run_main("--seeds", "0", "--variants", "none_long", "none", "none", "cli_bias0")
+    assert done[3:] == [("both-none_long-0", 1e-3, 3), ("both-none-0", 1e-3, 2), ("both-cli_bias0-0", 2e-3, 2)]
+    assert trained[-1].fusion_fields == {**reach, "gate_bias_init": 0.0}
 
     args = argparse.Namespace(data=few, work=tmp_path / "work", encoder=tmp_path / "encoder", device="cpu", steps=2,
                               batch_rows=4, questions=6)

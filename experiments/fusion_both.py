@@ -40,6 +40,9 @@ KINDS = {  # of one thing, and in a scene: phrasings
     "both_at": ("What is in the {where}, and on which colour?",
                 "Name the thing in the {where} and the colour behind it."),
 }
+# The study's, and CLI with its gates further open at the start (there: -4), at CLI's rate.
+VARIANTS = study.VARIANTS | {"cli_bias-2": ("CLI, gate bias -2", "cli", {"gate_bias_init": -2.0}),
+                             "cli_bias0": ("CLI, gate bias 0", "cli", {"gate_bias_init": 0.0})}
 LEVELS = study.LEVELS[1:]  # routes may name any of them
 
 
@@ -150,13 +153,13 @@ def make_specs(args):
             raise InputError(f"{folder} was made with {', '.join(wrong)}, not {', '.join(str(own[k]) for k in own)}")
         bases[seed] = study.file_hash(folder / "model.safetensors")
     for variant, seed in itertools.product(args.variants, args.seeds):
-        rate, steps = study.best_rate(chosen, "tuned", variant), args.steps
+        rate, steps = study.best_rate(chosen, "tuned", variant.split("_bias")[0]), args.steps
         if not rate:
             raise InputError(f"{args.study} has no run of {variant}, whose learning rate this takes: fusion.py run")
         if variant == "none_long":
             times = cli.read_json(args.study / "plan.json")["step_seconds"]
             steps = round(steps * times["cli"] / times["none"])
-        _, preset, fields = study.VARIANTS[variant]
+        _, preset, fields = VARIANTS[variant]
         specs.append({"name": f"both-{variant}-{seed}", "regime": "both", "variant": variant, "seed": seed,
                       "rate": rate, "steps": steps, "preset": preset, "fields": fields, "batch_rows": args.batch_rows,
                       "rows": args.steps * args.batch_rows, "questions": args.questions, "base": bases[seed], **own})
@@ -187,7 +190,7 @@ def main():
         help="fusion.py's --results, for its rates (default: experiments/results/fusion)")
     add("--results", type=Path, help="one JSON file a run (default: --study's name, with _both)")
     add("--seeds", type=int, nargs="+", default=study.SEEDS, help="default: 0 to 4")
-    add("--variants", nargs="+", choices=list(study.VARIANTS), default=list(study.VARIANTS), help="default: all")
+    add("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="default: all")
     add("--steps", type=int, default=1800, help="of every run (default: %(default)s)")
     add("--batch-rows", type=int, default=12, help="rows of a step (default: %(default)s)")
     add("--questions", type=int, default=600, help="of every validation split (default: %(default)s)")

@@ -16,6 +16,7 @@ from PIL import Image
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
 import cli  # noqa: E402
+from experiments import fusion_both  # noqa: E402
 from experiments.fusion import INTERVENED, REACH, SEEDS, SWEEPS, VARIANTS, best_rate, load_results, unpack  # noqa: E402
 from train import markdown, put_between_marks  # noqa: E402
 
@@ -305,7 +306,7 @@ def both_table(answers):
         return f"{100 * x.mean():.1f}"
 
     rows, known = [], of("val_seen", "both", "both_at")
-    for variant, (label, *_) in VARIANTS.items():
+    for variant, (label, *_) in fusion_both.VARIANTS.items():
         key = ("both", variant)
         if key in answers.runs:
             right = answers.right(key)
@@ -328,7 +329,7 @@ def both_table(answers):
 def both_gates_table(answers):
     """Mean W, level by level, of every kind of question."""
     rows, kinds = [], list(dict.fromkeys(answers.kinds.tolist()))
-    for variant, (label, *_) in VARIANTS.items():
+    for variant, (label, *_) in fusion_both.VARIANTS.items():
         runs = sorted((seed, r["gates"]) for seed, r in answers.runs.get(("both", variant), {}).items() if "gates" in r)
         for l, (seed, gates) in ((l, run) for l in (runs[0][1] if runs else ()) for run in runs):
             rows.append([label, l, seed, state(gates[l]),
