@@ -326,6 +326,19 @@ def both_table(answers):
                      "both, new drawings", "background, new concepts", "both, known, each seed", "seeds"], rows)
 
 
+def both_sentence(answers):
+    """For the README, like sentences(): both of known drawings, in the seeds that these have in common."""
+    shown = [v for v in ("none", "sli", "amp", "cli") if ("both", v) in answers.runs]
+    seeds = sorted(set.intersection(*({*answers.runs["both", v]} for v in shown))) if shown else []
+    if not seeds:
+        return ""
+    known = (answers.splits == "val_seen") & np.isin(answers.kinds, ("both", "both_at"))
+    said = (f"{VARIANTS[v][0]} {percent(interval(answers.right(('both', v), seeds)[:, known], answers.concepts[known]))}"
+            for v in shown)
+    return (f" Name and background of known drawings in one answer, % right (seeds {', '.join(map(str, seeds))}): "
+            f"{'; '.join(said)}.")
+
+
 def both_gates_table(answers):
     """Mean W, level by level, of every kind of question."""
     rows, kinds = [], list(dict.fromkeys(answers.kinds.tolist()))
@@ -431,7 +444,8 @@ def report(args):
         return [line for name, path in paths.items() for line in (f"![{texts[name]}]({path})", "")]
 
     caption, main = "Accuracy of every variant, and learning curves", main_table(answers, "tuned")
-    said = [sentences(answers)] if main else []
+    both = load_both(args.both)
+    said = [sentences(answers) + both_sentence(both)] if main else []
     put_between_marks(args.readme, {"fusion": [*shown(main), *pictures(args.readme, main=caption), *said]})
     probes = probe_table(cli.read_json(args.results / "probe.json", {}).get("attributes", {}))
     lines = ["### What the levels of the encoder hold", "", *shown(probes)]
@@ -461,7 +475,6 @@ def report(args):
     lines += ["### Where the paper is silent", "", f"Gates: {STATES}.", "", *shown(sweeps_table(answers)),
               "Points of accuracy against CLI, each of these seeds, by what a question is about:", "",
               *shown(sweeps_by_need_table(answers))]
-    both = load_both(args.both)
     lines += ["### Both at once: name and background in one answer", "", *shown(both_table(both)),
               f"Mean W, level by level, by kind of question (gate: {STATES}):", "",
               *shown(both_gates_table(both))]
