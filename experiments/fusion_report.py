@@ -333,8 +333,8 @@ def both_sentence(answers):
     if not seeds:
         return ""
     known = (answers.splits == "val_seen") & np.isin(answers.kinds, ("both", "both_at"))
-    said = (f"{VARIANTS[v][0]} {percent(interval(answers.right(('both', v), seeds)[:, known], answers.concepts[known]))}"
-            for v in shown)
+    said = (f"{VARIANTS[v][0]} {percent(interval(right[:, known], answers.concepts[known]))}"
+            for v, right in ((v, answers.right(("both", v), seeds)) for v in shown))
     return (f" Name and background of known drawings in one answer, % right (seeds {', '.join(map(str, seeds))}): "
             f"{'; '.join(said)}.")
 
