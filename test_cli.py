@@ -5350,11 +5350,11 @@ def test_fusion_report_of_both(tmp_path):
     answers = fusion_report.load_both(tmp_path)
     none, sli, one = ([cell.strip() for cell in row.split("|")[1:-1]] for row in fusion_report.both_table(answers)[2:])
     # (.8 * .5 + .6 * .4) / 2 = .32, of name .7, of background .45
-    assert none[4:9] == ["30.0", "10.0", "32.0", "70.0", "45.0"] and none[1].startswith("20.0 [") and none[2] == ""
-    assert [cell.split()[0] for cell in none[9:12]] == ["10.0", "5.0", "45.0"]  # 30 - 20 and none of 10 - 20
-    assert sli[2].startswith("+20.0 [") and sli[12:] == ["40.0 / 40.0", "0, 1"] and sli[6] == "32.0"
-    assert one[:4] == ["CLI", "60.0", "+40.0", "+20.0"] and one[12:] == ["60.0", "1"]
-    assert "(seeds 1): none (one-to-one) 20.0; SLI 40.0; CLI 60.0." in fusion_report.both_sentence(answers)
+    assert none[5:10] == ["30.0", "10.0", "32.0", "70.0", "45.0"] and none[1].startswith("20.0 [") and none[2] == ""
+    assert [cell.split()[0] for cell in none[10:13]] == ["10.0", "5.0", "45.0"]  # 30 - 20 and none of 10 - 20
+    assert sli[2].startswith("+20.0 [") and sli[13:] == ["40.0 / 40.0", "0, 1"] and sli[7] == "32.0"
+    assert one[:4] == ["CLI", "60.0", "+40.0", "+20.0"] and one[13:] == ["60.0", "1"]
+    assert "in seeds 1: none (one-to-one) 20.0; SLI 40.0; CLI 60.0." in fusion_report.both_sentence(answers)
     (gates,) = fusion_report.both_gates_table(answers)[2:]
     assert gates.startswith("| CLI | 1 | 1 | q | 0.50 0.80 | 0.50 0.50 | 0.50 0.30 | 0.50 0.60 |")
 

@@ -95,7 +95,8 @@ class Answers:
         return np.stack([self.of(self.runs[key][s]) for s in seeds or sorted(self.runs[key])])
 
     def accuracy(self, key, where=slice(None)):
-        return interval(self.right(key)[:, where], self.concepts[where])
+        mean, *bounds = interval(self.right(key)[:, where], self.concepts[where])
+        return mean, *np.clip(bounds, 0, 1)  # few seeds far apart are stretched beyond what an accuracy can be
 
     def paired(self, key, other):
         """One minus the other, same seeds, same questions -> float[seeds, questions], or None without a common seed."""
@@ -313,7 +314,7 @@ def both_table(answers):
             one, scene = ({kind: right[:, of("val_seen", kind + at)].mean(1) for kind in ("name", "background", "both")}
                           for at in ("", "_at"))
             beside = [percent(answers.difference(key, ("both", other), known), True) if variant != other else ""
-                      for other in ("none", "sli")]
+                      for other in ("none", "sli", "amp")]
             apart = [(one[kind] + scene[kind]) / 2 for kind in ("name", "background")]
             product = (one["name"] * one["background"] + scene["name"] * scene["background"]) / 2
             new = [of("val_scene", "both", "both_at"), of("val_pair", "both", "both_at")]
@@ -321,9 +322,10 @@ def both_table(answers):
                          *map(mean, (product, *apart)), *(percent(answers.accuracy(key, where)) for where in new),
                          mean(right[:, answers.splits == "val_concept"]), by_seed(right[:, known], ""),
                          ", ".join(map(str, sorted(answers.runs[key])))])
-    return markdown(["variant", "both, known drawings", "minus none", "minus SLI", "of one thing", "in a scene",
-                     "product of the two alone", "name alone", "background alone", "both, on a new colour",
-                     "both, new drawings", "background, new concepts", "both, known, each seed", "seeds"], rows)
+    return markdown(["variant", "both, known drawings", "minus none", "minus SLI", "minus W = 1", "of one thing",
+                     "in a scene", "product of the two alone", "name alone", "background alone",
+                     "both, on a new colour", "both, new drawings", "background, new concepts",
+                     "both, known, each seed", "seeds"], rows)
 
 
 def both_sentence(answers):
@@ -333,9 +335,8 @@ def both_sentence(answers):
     if not seeds:
         return ""
     known = (answers.splits == "val_seen") & np.isin(answers.kinds, ("both", "both_at"))
-    said = (f"{VARIANTS[v][0]} {percent(interval(right[:, known], answers.concepts[known]))}"
-            for v, right in ((v, answers.right(("both", v), seeds)) for v in shown))
-    return (f" Name and background of known drawings in one answer, % right (seeds {', '.join(map(str, seeds))}): "
+    said = (f"{VARIANTS[v][0]} {by_seed(answers.right(('both', v), seeds)[:, known], '')}" for v in shown)
+    return (f" Name and background of known drawings in one answer, % right in seeds {', '.join(map(str, seeds))}: "
             f"{'; '.join(said)}.")
 
 
