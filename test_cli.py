@@ -4917,7 +4917,7 @@ def test_fusion_both_runs(few, tmp_path, monkeypatch):
     reach = {"decoder_layers": "0,1", "vision_levels": "1,2", "lora_rank": 2, "lora_alpha": 4.0}
     monkeypatch.setattr(study, "REACH", reach)
     encoder = tiny_model(few, fusion="none", fusion_fields={})
-    for name in ("encoder", "work/pretrain-0", "work/pretrain-1"):
+    for name in ("encoder", "bases/pretrain-0", "bases/pretrain-1"):
         encoder.save_pretrained(tmp_path / name)
         made = {"encoder": study.file_hash(tmp_path / "encoder/model.safetensors"), "data": study.data_hash(few),
                 "dtype": "float32"}
@@ -4938,7 +4938,7 @@ def test_fusion_both_runs(few, tmp_path, monkeypatch):
 
     def run_main(*flags):
         monkeypatch.setattr(sys, "argv", [
-            "fusion_both.py", "--data", str(few), "--encoder", f"{tmp_path}/encoder", "--work", f"{tmp_path}/work",
+            "fusion_both.py", "--data", str(few), "--encoder", f"{tmp_path}/encoder", "--work", f"{tmp_path}/bases",
             "--study", f"{tmp_path}/study", "--device", "cpu", "--dtype", "float32", "--steps", "2", "--batch-rows",
             "4", "--questions", "12", *flags])
         threads = torch.get_num_threads()
@@ -4950,7 +4950,7 @@ def test_fusion_both_runs(few, tmp_path, monkeypatch):
     run_main("--seeds", "0", "--variants", "none", "cli")
     assert done == [("both-none-0", 1e-3, 2), ("both-cli-0", 2e-3, 2)]
     assert [(cfg.lr_decoder, cfg.init_from, cfg.lr_vision) for cfg in trained] == [
-        (rate, f"{tmp_path}/work/pretrain-0", 0) for rate in (1e-3, 2e-3)]
+        (rate, f"{tmp_path}/bases/pretrain-0", 0) for rate in (1e-3, 2e-3)]
     assert trained[1].fusion_fields == reach
     found = cli.read_json(tmp_path / "study_both/both-cli-0.json")
     questions = cli.read_json(tmp_path / "study_both/questions.json")
@@ -4965,7 +4965,7 @@ def test_fusion_both_runs(few, tmp_path, monkeypatch):
     fails(lambda: run_main("--seeds", "0", "--variants", "sli"), "no run of sli")
     fails(lambda: run_main("--seeds", "0", "--results", f"{tmp_path}/study", "--variants", "cli"), "regime='tuned'")
     encoder.init_weights(("projector",), 5)
-    encoder.save_pretrained(tmp_path / "work/pretrain-1")
+    encoder.save_pretrained(tmp_path / "bases/pretrain-1")
     fails(lambda: run_main("--seeds", "1", "--variants", "none"), "both-cli-1 with base=")
     (tmp_path / "study_both/both-none-0.json").unlink()
     run_main("--seeds", "0", "--variants", "none_long", "none", "none", "cli_bias0")

@@ -432,11 +432,15 @@ def pretrain_specs(args, seeds):
     return [spec_of(args, "pretrain", "none", seed, 2e-3, args.pretrain_steps, "none", {}, 32) for seed in seeds]
 
 
+def steps_of(variant, steps, plan):
+    """Of a run: as many as asked for, of none_long as many as take CLI's time."""
+    seconds = plan["step_seconds"]
+    return round(steps * seconds["cli"] / seconds["none"]) if variant == "none_long" else steps
+
+
 def main_spec(args, plan, regime, variant, seed, rate):
     _, preset, fields = VARIANTS[variant]
-    steps = args.steps
-    if variant == "none_long":
-        steps = round(steps * plan["step_seconds"]["cli"] / plan["step_seconds"]["none"])
+    steps = steps_of(variant, args.steps, plan)
     return spec_of(args, regime, variant, seed, rate, steps, preset, fields, args.batch_rows)
 
 

@@ -144,6 +144,7 @@ def make_specs(args):
     chosen, bases, specs = study.load_results(argparse.Namespace(results=args.study)), {}, []
     own = {"encoder": study.file_hash(args.encoder / "model.safetensors"), "data": study.data_hash(args.data),
            "dtype": args.dtype}
+    plan = cli.read_json(args.study / "plan.json")
     for seed in args.seeds:
         folder = args.work / f"pretrain-{seed}"
         made = cli.read_json(folder / "spec.json", {})
@@ -153,16 +154,14 @@ def make_specs(args):
             raise InputError(f"{folder} was made with {', '.join(wrong)}, not {', '.join(str(own[k]) for k in own)}")
         bases[seed] = study.file_hash(folder / "model.safetensors")
     for variant, seed in itertools.product(args.variants, args.seeds):
-        rate, steps = study.best_rate(chosen, "tuned", variant.split("_bias")[0]), args.steps
+        rate = study.best_rate(chosen, "tuned", variant.split("_bias")[0])
         if not rate:
             raise InputError(f"{args.study} has no run of {variant}, whose learning rate this takes: fusion.py run")
-        if variant == "none_long":
-            times = cli.read_json(args.study / "plan.json")["step_seconds"]
-            steps = round(steps * times["cli"] / times["none"])
         _, preset, fields = VARIANTS[variant]
         specs.append({"name": f"both-{variant}-{seed}", "regime": "both", "variant": variant, "seed": seed,
-                      "rate": rate, "steps": steps, "preset": preset, "fields": fields, "batch_rows": args.batch_rows,
-                      "rows": args.steps * args.batch_rows, "questions": args.questions, "base": bases[seed], **own})
+                      "rate": rate, "steps": study.steps_of(variant, args.steps, plan), "preset": preset,
+                      "fields": fields, "batch_rows": args.batch_rows, "rows": args.steps * args.batch_rows,
+                      "questions": args.questions, "base": bases[seed], **own})
     return specs
 
 
