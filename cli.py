@@ -349,6 +349,19 @@ def put(numbers, device, dtype=torch.long):
     return torch.tensor(numbers, dtype=dtype).to(device, non_blocking=device.type == "cuda")
 
 
+@contextlib.contextmanager
+def kernel_for(rows, dtype):
+    """Within it, one or two rows are multiplied in bfloat16 on a CPU by PyTorch's own matrix-vector kernel: oneDNN's
+    took twice as long where that was measured. The switch is the whole process's."""
+    onednn = torch.backends.mkldnn
+    before = onednn.enabled
+    onednn.enabled = before and not (rows <= 2 and dtype == torch.bfloat16)
+    try:
+        yield
+    finally:
+        onednn.enabled = before
+
+
 def by_sequence(x, seqlens):
     """A flat stream (T, ...) -> (B, M, ...): each sequence in a row of its own, zeros behind it."""
     if len(seqlens) == 1:
@@ -920,7 +933,8 @@ class CLI(nn.Module):
             if step + 1 == max_new_tokens or all(done):
                 return
             cache.lengths = [n - d for n, d in zip(cache.lengths, done)]  # what is over writes its last place again
-            logits = self.head(self.decoder(self.decoder.embed_tokens(ids), [1] * len(prompts), cache))
+            with kernel_for(len(prompts), self.dtype):
+                logits = self.head(self.decoder(self.decoder.embed_tokens(ids), [1] * len(prompts), cache))
 
     # ------------------------------------------------------------------------------------------------ weights
 

@@ -1120,6 +1120,31 @@ def test_batch_equals_each_alone():
         assert decode(model, prompts, max_new_tokens=20) == alone and (stops or len(alone[1]) > 5)
 
 
+@pytest.mark.parametrize("batch, dtype, own", [(1, torch.bfloat16, True), (2, torch.bfloat16, True),
+                                               (3, torch.bfloat16, False), (1, torch.float32, False)])
+def test_kernel_of_a_decode_step(batch, dtype, own, monkeypatch):
+    """One or two new tokens in bfloat16 are multiplied by PyTorch's own kernel; the prompt, other batches and float32
+    by oneDNN's, which is on again between the steps and after an error. The logits do not depend on it."""
+    onednn, used, logits = torch.backends.mkldnn, [], []
+    monkeypatch.setattr(onednn, "enabled", True)
+    model = tiny(preset("none"), eos_token_ids=()).to(dtype)
+    model.decoder.norm.register_forward_pre_hook(lambda *_: used.append(onednn.enabled))
+    choose = cli.choose
+    monkeypatch.setattr(cli, "choose", lambda scores, *rest: logits.append(scores) or choose(scores, *rest))
+    prompts = [prompt(0, 9, seed=i).tolist() for i in range(batch)]
+    assert [onednn.enabled for _ in model.generate(prompts, None, 2)] == [True] * 2 and used == [True, not own]
+    monkeypatch.setattr(cli, "kernel_for", lambda rows, dtype: contextlib.nullcontext())
+    list(model.generate(prompts, None, 2))
+    assert closeness(logits[1], logits[3]) < (2e-2 if own else 1e-6)
+    monkeypatch.undo()
+    steps = model.generate(prompts, None, 2)
+    next(steps)
+    with pytest.raises(RuntimeError), monkeypatch.context() as patch:
+        patch.setattr(model.decoder, "forward", lambda *_: torch.zeros(1) @ torch.zeros(2))
+        next(steps)
+    assert onednn.enabled
+
+
 @pytest.mark.parametrize("inject_at", ["input", "output"])
 def test_levels_are_freed_with_the_last_injection(inject_at, monkeypatch):
     """Neither the vision levels nor their projections are still in memory when the final norm is reached."""
@@ -5196,7 +5221,7 @@ def test_plain_forms_compute_the_same(undone, base, monkeypatch):
     half = torch.randn(1, 4, 150, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
     monkeypatch.setattr(cli, "CPU_BFLOAT16", True)
     places = [(cli, "load_file"), (cli, "count_crops"), (cli, "read"), (cli, "CPU_BFLOAT16"), (cli.AMP, "forward"),
-              (CLI, "see"), (CLI, "forward"), (cli.KVCache, "attend")]
+              (CLI, "see"), (CLI, "forward"), (cli.KVCache, "attend"), (cli, "kernel_for")]
     for place in places:
         monkeypatch.setattr(*place, getattr(*place))  # to be put back afterwards
 

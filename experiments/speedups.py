@@ -13,6 +13,7 @@ is not counted. Decode: at about 1,500 cached tokens. Peak memory covers loading
 Writes speedups-SIZE-DEVICE-DTYPE.jsonl in out/speed, with --readme in experiments/results: the machine, then a line a
 process as it ends. A run that was stopped starts anew.
 """
+import contextlib
 import json
 import sys
 import tempfile
@@ -124,6 +125,10 @@ def repeat_keys():
     KVCache.attend = attend_repeated
 
 
+def decode_by_onednn():
+    cli.kernel_for = lambda rows, dtype: contextlib.nullcontext()
+
+
 MEASURES = (  # in the order in which they are taken
     ("weights used where the file is mapped into memory, not copied", copy_weights),
     ("logits, and the last layer behind its attention, of the last position alone", score_all_positions),
@@ -134,6 +139,7 @@ MEASURES = (  # in the order in which they are taken
     ("the levels freed with the last injection", keep_levels),  # wraps CLI.see: behind what replaces it
     ("attention between patches in blocks of 128 queries (CPU, bfloat16)", attend_to_patches_fused),
     ("decoding: a key/value head's queries as one block, no key copied", repeat_keys),
+    ("decoding one or two sequences: PyTorch's own matrix-vector kernel, not oneDNN's (CPU, bfloat16)", decode_by_onednn),
 )
 
 
