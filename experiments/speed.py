@@ -19,12 +19,13 @@ from the start of loading to the first token: a file that is mapped into memory 
 memory covers loading, the first picture and the tokens behind it.
 
 The limits: copy bandwidth (bytes read and written), the bandwidth of one matrix-vector product over as many bytes as a
-decode step reads of the weights (by the faster of PyTorch's kernels), and the rate of a product of two square matrices. A figure's share of the limit is the
-least time that its bytes or its operations take by these, over the time that it took: decoding must read every weight
-once a step (embeddings only as the head) and every cached key and value; prefill and the vision encoder must multiply
-every weight with every token (those behind the last layer's attention with the last one alone), and every query with
-the keys before it. On CUDA decoding is held against the copy bandwidth, a picture of 1152 x 1152 pixels (7,371 visual
-tokens) is read too, and cli.py's ways to attend (flash-attn, varlen_attn, SDPA) are compared on it.
+decode step reads of the weights (by the faster of PyTorch's kernels), and the rate of a product of two square matrices.
+A figure's share of the limit is the least time that its bytes or its operations take by these, over the time that it
+took: decoding must read every weight once a step (embeddings only as the head) and every cached key and value; prefill
+and the vision encoder must multiply every weight with every token (those behind the last layer's attention with the
+last one alone), and every query with the keys before it. On CUDA decoding is held against the copy bandwidth, a picture
+of 1152 x 1152 pixels (7,371 visual tokens) is read too, and cli.py's ways to attend (flash-attn, varlen_attn, SDPA) are
+compared on it.
 
 Writes speed-SIZE-DEVICE-DTYPE.jsonl in out/speed, with --readme in experiments/results: the machine, then a line a
 process as it ends, then a line a figure and a line a target. A run that was stopped starts anew.
@@ -160,8 +161,8 @@ def work(model, lengths=(), tokens=0, crops=0):
 
 
 def fusion_work(model, tokens, crops):
-    """-> operations that a `cli` fusion adds to prefill, and bytes of the levels that are held until the last injection:
-    of each the encoder's hidden states and their MLP's output"""
+    """-> operations that a `cli` fusion adds to prefill, and bytes of the levels that it holds until the last
+    injection: of each the encoder's hidden states and their MLP's output"""
     f, d, v = model.config.fusion, model.config.decoder, model.config.vision
     a, b = (sum(p.numel() for name, p in model.amp.named_parameters() if f".{x}." in name) for x in "AB")
     mlps = sum(p.numel() for p in model.projector.parameters() if p.ndim > 1)

@@ -125,7 +125,7 @@ def repeat_keys():
     KVCache.attend = attend_repeated
 
 
-def decode_by_onednn():
+def use_onednn():
     cli.kernel_for = lambda rows, dtype: contextlib.nullcontext()
 
 
@@ -139,7 +139,7 @@ MEASURES = (  # in the order in which they are taken
     ("the levels freed with the last injection", keep_levels),  # wraps CLI.see: behind what replaces it
     ("attention between patches in blocks of 128 queries (CPU, bfloat16)", attend_to_patches_fused),
     ("decoding: a key/value head's queries as one block, no key copied", repeat_keys),
-    ("decoding one or two sequences: PyTorch's own matrix-vector kernel, not oneDNN's (CPU, bfloat16)", decode_by_onednn),
+    ("decoding one or two sequences: PyTorch's own matrix-vector kernel, not oneDNN's (CPU, bfloat16)", use_onednn),
 )
 
 
