@@ -73,6 +73,7 @@ FORMAT = "cross-layer-injection"  # what a config.json of ours says it is
 NEARLY_SHUT = -4.0  # a fresh gate's bias on a trained one-to-one base, which is to start near what it was: W = 0.018
 MAX_PIXELS = 128_000_000  # a larger picture is refused before it is decoded (decompression bombs)
 MAX_PATCHES = 6000  # encoded at once where no gradient is wanted: those of 8 of LLaVA-OneVision's crops
+MAX_ROWS = 512  # that a CPU takes through a decoder layer's MLP at once, there too: what is wide stays in its cache
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of Pillow's limit, which is lower
 CPU_BFLOAT16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -360,6 +361,13 @@ def kernel_for(rows, dtype):
         yield
     finally:
         onednn.enabled = before
+
+
+def keep_freed_memory():
+    """Have glibc keep what a layer frees for the next one, up to 62 MiB, instead of returning its pages and faulting
+    them in again: its limit is twice the largest block of at most 32 MiB that it has freed. Elsewhere without effect.
+    """
+    torch.empty(2**25 - 2**13, dtype=torch.uint8, device="cpu")  # never touched
 
 
 def by_sequence(x, seqlens):
@@ -725,8 +733,12 @@ class DecoderLayer(nn.Module):
         f, x = self.self_attn, self.input_layernorm(h)
         q, k, v = (p(x).unflatten(-1, (-1, self.hd)) for p in (f.q_proj, f.k_proj, f.v_proj))  # (T, H|K, hd)
         h = h[wanted] + f.o_proj(attend(rotate(q, *rope), rotate(k, *rope), v, seqlens).flatten(1)[wanted])
-        x = self.post_attention_layernorm(h)
-        return h + self.mlp.down_proj(F.silu(self.mlp.gate_proj(x)) * self.mlp.up_proj(x))
+        whole = h.device.type != "cpu" or torch.is_grad_enabled()
+        out, f = [], self.mlp
+        for x in h.split(len(h) if whole else MAX_ROWS):
+            y = self.post_attention_layernorm(x)
+            out.append(x + f.down_proj(F.silu(f.gate_proj(y)) * f.up_proj(y)))
+        return torch.cat(out)
 
 
 class Decoder(nn.Module):
@@ -978,6 +990,7 @@ class CLI(nn.Module):
         folder = fetch(source)
         raw, generation = read_json(folder / "config.json"), read_json(folder / "generation_config.json", {})
         key_map = read_json(key_map) if isinstance(key_map, (str, Path)) else key_map or {}
+        keep_freed_memory()
         tensors, tower = read_weights(folder), None
         if not any("patch_embedding" in name for name in tensors):
             vision = vision or raw.get("mm_vision_tower")

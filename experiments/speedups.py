@@ -129,6 +129,14 @@ def use_onednn():
     cli.kernel_for = lambda rows, dtype: contextlib.nullcontext()
 
 
+def multiply_all_rows():
+    cli.MAX_ROWS = 10**9
+
+
+def return_freed_memory():
+    cli.keep_freed_memory = lambda: None
+
+
 MEASURES = (  # in the order in which they are taken
     ("weights used where the file is mapped into memory, not copied", copy_weights),
     ("logits, and the last layer behind its attention, of the last position alone", score_all_positions),
@@ -140,6 +148,8 @@ MEASURES = (  # in the order in which they are taken
     ("attention between patches in blocks of 128 queries (CPU, bfloat16)", attend_to_patches_fused),
     ("decoding: a key/value head's queries as one block, no key copied", repeat_keys),
     ("decoding one or two sequences: PyTorch's own matrix-vector kernel, not oneDNN's (CPU, bfloat16)", use_onednn),
+    ("the decoder's MLP 512 rows at a time (CPU)", multiply_all_rows),
+    ("freed memory kept for the next layer (CPU, glibc)", return_freed_memory),
 )
 
 
