@@ -306,17 +306,17 @@ def fusion_preset(name, depth, levels, decoder_layers=None, vision_levels=None, 
 # Shared pieces
 
 
-def rotary(positions, hd, theta):
-    """positions int[T] -> cos, sin float32[T, 1, hd/2]; angles in fp32 as in Qwen2 and LLaMA."""
+def rotary(positions, hd, theta, dtype):
+    """positions int[T] -> cos and signed sin, dtype[T, 1, hd], of rotate(); angles in fp32 as in Qwen2 and LLaMA."""
     freqs = 1.0 / theta ** (torch.arange(0, hd, 2, device=positions.device).float() / hd)
     angles = positions.float()[:, None, None] * freqs
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
 
 
-def rotate(x, cos, sin):  # (T, H, hd) -> (T, H, hd); "rotate half": channel i turns with channel i + hd/2
-    a, b = x.chunk(2, dim=-1)
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+def rotate(x, cos, sin):
+    """x (T, H, hd): channels a = i and b = i + hd/2 become a cos - b sin and b cos + a sin ("rotate half")."""
+    return torch.addcmul(x * cos.to(x.dtype), x.roll(x.shape[-1] // 2, -1), sin.to(x.dtype))
 
 
 def attention(q, k, v, causal=False):
@@ -661,33 +661,41 @@ class AMP(nn.ModuleDict):
             yield from (projected[k] for k in levels)
             return
         adapters = self[str(l)] if self.cfg.lora_per == "pair" else [self[str(k)] for k in levels]
-        low = stream.pack(torch.cat([adapter.A(taps[k]) for adapter, k in zip(adapters, levels)], -1))
         scale = self.cfg.lora_alpha / self.cfg.lora_rank
-        for adapter, k, x in zip(adapters, levels, low.chunk(len(levels), -1)):
-            yield projected[k] + adapter.B(scale * x)
+        low = scale * torch.cat([adapter.A(taps[k]) for adapter, k in zip(adapters, levels)], -1)
+        for adapter, k, x in zip(adapters, levels, stream.pack(low).chunk(len(levels), -1)):
+            yield projected[k] + adapter.B(x)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # AGF, Adaptive Gating Fusion (eq. 6-8)
 
 
-def read(mha, query, x, mask, seqlens):
-    """MultiHeadAttention(query, x, x) for one learned query (eq. 6-7), each sequence alone: x (T, D), mask bool[T] ->
-    (B, D).
+def fold(mha, query):
+    """A learned query (D,) -> (H, D), all of MultiHeadAttention(query, x, x) that x is multiplied with for the scores.
 
-    The numbers are nn.MultiheadAttention's, the work about a hundredth: with a single query the key projection folds
-    into it, q (wk x) = (q wk) x, and the value projection can follow the pooling. The key bias adds the same to every
-    score, which softmax does not see. Where the mask is empty the result is finite and meaningless.
+    With a single query the key projection folds into it: q (wk x) = (q wk) x. The key bias adds the same to every
+    score, which softmax does not see.
     """
-    H, D = mha.num_heads, x.shape[-1]
-    wq, wk, wv = mha.in_proj_weight.chunk(3)
-    bq, _, bv = mha.in_proj_bias.chunk(3)
-    q = (wq @ query + bq).view(H, 1, -1) / math.sqrt(D // H)
-    folded = (q @ wk.view(H, -1, D).to(q.dtype))[:, 0]  # (H, D)
+    H, D = mha.num_heads, len(query)
+    wq, wk, _ = mha.in_proj_weight.chunk(3)
+    q = (wq @ query + mha.in_proj_bias[:D]).view(H, 1, -1) / math.sqrt(D // H)
+    return (q @ wk.view(H, -1, D).to(q.dtype))[:, 0]
+
+
+def read(mha, folded, x, mask, seqlens):
+    """MultiHeadAttention(query, x, x) for one learned query (eq. 6-7), each sequence alone: folded (H, D) from fold(),
+    x (T, D), mask bool[T] -> (B, D).
+
+    The numbers are nn.MultiheadAttention's, the work about a hundredth: the keys are never made, and the value
+    projection follows the pooling. Where the mask is empty the result is finite and meaningless.
+    """
+    H, D = folded.shape
+    wv, bv = mha.in_proj_weight[2 * D :], mha.in_proj_bias[2 * D :]
     x = x.to(folded.dtype)  # once, before the padding: autocast would cast for each product, after the padding
     scores, mask, x = (by_sequence(y, seqlens) for y in (x @ folded.T, mask, x))
-    scores = scores.float().masked_fill(~mask[..., None], torch.finfo(torch.float32).min)  # (B, M, H)
-    pooled = scores.softmax(dim=1).to(x.dtype).transpose(1, 2) @ x  # (B, H, D)
+    scores = scores.transpose(1, 2).float().masked_fill(~mask[:, None], torch.finfo(torch.float32).min)  # (B, H, M)
+    pooled = scores.softmax(-1).to(x.dtype) @ x  # (B, H, D)
     values = torch.einsum("bhD,hdD->bhd", pooled, wv.view(H, -1, D).to(pooled.dtype)) + bv.view(H, -1)
     return mha.out_proj(values.flatten(1))
 
@@ -703,12 +711,16 @@ class AGF(nn.Module):
         self.attn_h = nn.MultiheadAttention(D, heads) if cfg.agf_attention == "split" else None
         self.gate = nn.Linear(2 * D, D if cfg.gate == "vector" else 1)
 
-    def forward(self, v_hat, h, stream):
+    def queries(self):
+        """The two learned queries as forward takes them, (H, D) each: the same for all levels of a route."""
+        return fold(self.attn, self.query_v), fold(self.attn_h or self.attn, self.query_h)
+
+    def forward(self, v_hat, h, stream, queries):
         """v_hat, h (T, D) -> W float32[B, 1] in [0, 1], one per sequence, or float32[B, D] with gate="vector"."""
         if self.cfg.agf_norm:
             v_hat, h = (F.rms_norm(x, x.shape[-1:], eps=1e-6) for x in (v_hat, h))
-        v_att = read(self.attn, self.query_v, v_hat, stream.visual, stream.seqlens)  # eq. 6
-        h_att = read(self.attn_h or self.attn, self.query_h, h, stream.context, stream.seqlens)  # eq. 7
+        v_att = read(self.attn, queries[0], v_hat, stream.visual, stream.seqlens)  # eq. 6
+        h_att = read(self.attn_h or self.attn, queries[1], h, stream.context, stream.seqlens)  # eq. 7
         # Eq. 8, the sigmoid in float32: in bfloat16 W is 1 from 0.998 on, where a gate would have no gradient left.
         return torch.sigmoid(self.gate(torch.cat([v_att, h_att], dim=-1)).float())
 
@@ -761,7 +773,7 @@ class Decoder(nn.Module):
         """
         past = cache.lengths if cache else [0] * len(seqlens)
         positions = torch.cat([torch.arange(p, p + n, device=h.device) for p, n in zip(past, seqlens)])
-        rope = rotary(positions, self.cfg.head_dim, self.cfg.rope_theta)
+        rope = rotary(positions, self.cfg.head_dim, self.cfg.rope_theta, h.dtype)
         last = len(self.layers) - 1
         reads_all = inject_at == "output" and last in inject  # the gates of an injection behind the last layer
         for l, layer in enumerate(self.layers):
@@ -831,14 +843,15 @@ class CLI(nn.Module):
     def inject(self, l, levels, v_hat, stream, gates, h):
         """Let the levels of decoder layer l's route into h (T, D), in turn; their weights W go to gates[l]."""
         new, weights = h.float(), []  # summed in float32: bfloat16 would round what small weights let in away
+        gate = self.agf[str(l)] if str(l) in self.agf else None
+        queries = gate and gate.queries()
         for v in v_hat(l, levels):
-            if str(l) in self.agf:
-                seen = new.to(h.dtype) if self.config.fusion.agf_order == "sequential" else h
-                W = self.agf[str(l)](v, seen, stream)
+            if gate:
+                W = gate(v, new.to(h.dtype) if self.config.fusion.agf_order == "sequential" else h, stream, queries)
             else:
                 W = new.new_ones(len(stream.seqlens), 1)
-            # Eq. 9: v is zero at text positions. W is repeated in float32: there the backward pass sums over tokens.
-            new = new + W.repeat_interleave(stream.lens, 0, output_size=len(h)).to(v.dtype) * v
+            # Eq. 9, new + W v: v is zero at text positions. In float32: the backward pass to W sums over tokens.
+            new = torch.addcmul(new, W.repeat_interleave(stream.lens, 0, output_size=len(h)), v)
             weights.append(W.detach().mean(-1))
         gates[l] = torch.stack(weights, -1)  # (B, levels)
         return new.to(h.dtype)

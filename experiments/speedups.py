@@ -83,7 +83,13 @@ def project_keys_and_values():
         query = query.to(x.dtype).expand(1, x.shape[1], -1)
         return mha(query, x, x, key_padding_mask=~mask, need_weights=False)[0][0]
 
-    cli.read = read
+    cli.fold, cli.read = lambda mha, query: query, read
+
+
+def fold_for_every_level():
+    """A gate's two queries folded anew for every level of a route."""
+    forward = cli.AGF.forward
+    cli.AGF.forward = lambda self, v_hat, h, stream, _: forward(self, v_hat, h, stream, self.queries())
 
 
 def keep_levels():
@@ -142,6 +148,7 @@ MEASURES = (  # in the order in which they are taken
     ("logits, and the last layer behind its attention, of the last position alone", score_all_positions),
     ("a square picture's only tile not encoded again", encode_every_crop),
     ("eq. 6-7 with the projections of their one query folded", project_keys_and_values),
+    ("folded once a route, not for each of its levels", fold_for_every_level),
     ("MLP(V_k) once a level, however many layers take it", project_every_route),
     ("of the adapters only the r channels of A V_k packed", pack_wide),
     ("the levels freed with the last injection", keep_levels),  # wraps CLI.see: behind what replaces it
