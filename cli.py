@@ -10,7 +10,7 @@ and at the prompt (AGF). Everything else is LLaVA-OneVision, or LLaVA-1.5.
     eq. 2    V_hat = MLP(V)                                        CLI.projector
     eq. 3    next token from LLM([V_hat; T])                       Decoder, CLI.forward
     eq. 4-5  V_hat_k = MLP(V_k) + alpha/r B_k A_k V_k              CLI.see (the MLP), AMP; the paper has no alpha/r
-    eq. 6-7  v_att, h_att = two learned queries read V_hat_k, h    read
+    eq. 6-7  v_att, h_att = two learned queries read V_hat_k, h    fold, read
     eq. 8    W = sigmoid(Gate([v_att; h_att]))                     AGF.forward
     eq. 9    h' = h (1 - mask) + (h mask + W V_hat_k)              CLI.inject
 
@@ -672,11 +672,9 @@ class AMP(nn.ModuleDict):
 
 
 def fold(mha, query):
-    """A learned query (D,) -> (H, D), all of MultiHeadAttention(query, x, x) that x is multiplied with for the scores.
-
-    With a single query the key projection folds into it: q (wk x) = (q wk) x. The key bias adds the same to every
-    score, which softmax does not see.
-    """
+    """A learned query (D,) -> (H, D), what read() multiplies x with for the scores of MultiHeadAttention(query, x, x):
+    with a single query the key projection folds into it, q (wk x) = (q wk) x. The key bias adds the same to every
+    score, which softmax does not see."""
     H, D = mha.num_heads, len(query)
     wq, wk, _ = mha.in_proj_weight.chunk(3)
     q = (wq @ query + mha.in_proj_bias[:D]).view(H, 1, -1) / math.sqrt(D // H)

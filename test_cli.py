@@ -2803,7 +2803,7 @@ def test_sample_batch_resumes(sample_model, tmp_path, monkeypatch, capsys):
     questions.write_text("".join(json.dumps(r, ensure_ascii="id" in r) + "\n" for r in rows), encoding="utf-8")
     with monkeypatch.context() as patch:
         patch.setattr(sample, "answer_rows", lambda *args: next(calls)(*args))
-        calls = iter([answer_rows, lambda *args: signal.raise_signal(signal.SIGINT)])
+        calls = iter([answer_rows, lambda *args: signal.default_int_handler(signal.SIGINT, None)])
         status, _, err = run_sample(patch, capsys, *common, "--batch-size", 1)
     mended = out.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     assert status == 130 and [*mended[:1], *mended[2:]] == [*again[:1], *again[2:]]
