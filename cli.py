@@ -315,7 +315,8 @@ def rotary(positions, hd, theta, dtype):
 
 
 def rotate(x, cos, sin):
-    """x (T, H, hd): channels a = i and b = i + hd/2 become a cos - b sin and b cos + a sin ("rotate half")."""
+    """x (T, H, hd): channels a = i and b = i + hd/2 become a cos - b sin and b cos + a sin ("rotate half").
+    Under autocast x is narrower than the stream, whose dtype cos and sin have."""
     return torch.addcmul(x * cos.to(x.dtype), x.roll(x.shape[-1] // 2, -1), sin.to(x.dtype))
 
 
@@ -714,7 +715,7 @@ class AGF(nn.Module):
         return fold(self.attn, self.query_v), fold(self.attn_h or self.attn, self.query_h)
 
     def forward(self, v_hat, h, stream, queries):
-        """v_hat, h (T, D) -> W float32[B, 1] in [0, 1], one per sequence, or float32[B, D] with gate="vector"."""
+        """v_hat, h (T, D), queries() -> W float32[B, 1] in [0, 1], one per sequence, or [B, D] with gate="vector"."""
         if self.cfg.agf_norm:
             v_hat, h = (F.rms_norm(x, x.shape[-1:], eps=1e-6) for x in (v_hat, h))
         v_att = read(self.attn, queries[0], v_hat, stream.visual, stream.seqlens)  # eq. 6

@@ -5280,7 +5280,8 @@ def test_plain_forms_compute_the_same(undone, base, monkeypatch):
     for undo in undone:
         undo()
     changed = [place for place, value in zip(places, before) if getattr(*place) is not value]
-    assert changed and (len(undone) == 1 or changed == places)
+    two = undone == [speedups.project_keys_and_values]  # fold and read
+    assert len(changed) == (len(places) if len(undone) > 1 else 2 if two else 1)
     if len(undone) == 1 and callable(plain := getattr(*changed[-1])):
         monkeypatch.setattr(*changed[-1], lambda *args, **kwargs: used.append(1) or plain(*args, **kwargs))
     plain_logits, plain_gates, plain_attended, plain_ids = run()
