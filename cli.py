@@ -351,17 +351,43 @@ def put(numbers, device, dtype=torch.long):
     return torch.tensor(numbers, dtype=dtype).to(device, non_blocking=device.type == "cuda")
 
 
+def few_rows(weight, bias, rows):
+    """x -> x W^T + b for that many rows x on a CPU, by oneDNN: in float32, which PyTorch gives to MKL, from the weights
+    as they are; in bfloat16 from a copy laid out once, as PyTorch has it laid out anew for every product."""
+    onednn = torch.ops.mkldnn  # what torch.compile calls; there is no public name
+    if weight.dtype == torch.bfloat16:
+        weight = onednn._reorder_linear_weight(weight, rows)
+    return lambda x: onednn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def decode_products(model, rows):
+    """[(module, its method, what takes its place)], where few_rows multiplies `rows` sequences' new tokens faster than
+    PyTorch's choice: the decoder's linear layers and the head. In bfloat16 a second copy of their weights."""
+    x86 = model.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    onednn = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    pays = model.dtype == torch.float32 or model.dtype == torch.bfloat16 and CPU_BFLOAT16 and rows > 1
+    if not (x86 and onednn and pays) or torch.is_autocast_enabled("cpu"):
+        return []
+    layers = [m for m in model.decoder.modules() if isinstance(m, nn.Linear)]
+    return [(model, "head", few_rows(model.head_weight, None, rows)),
+            *((m, "forward", few_rows(m.weight, m.bias, rows)) for m in layers)]
+
+
 @contextlib.contextmanager
-def kernel_for(rows, dtype):
-    """Within it, one or two rows are multiplied in bfloat16 on a CPU by PyTorch's own matrix-vector kernel: oneDNN's
-    took twice as long where that was measured. The switch is the whole process's."""
+def decode_kernels(rows, dtype, products):
+    """Within it decode_products' are in their places, and a CPU multiplies one row in bfloat16 by PyTorch's own kernel:
+    oneDNN's took twice as long where that was measured. The latter is a switch of the whole process."""
     onednn = torch.backends.mkldnn
     before = onednn.enabled
-    onednn.enabled = before and not (rows <= 2 and dtype == torch.bfloat16)
+    onednn.enabled = before and not (rows == 1 and dtype == torch.bfloat16)
+    for module, method, product in products:
+        vars(module)[method] = product
     try:
         yield
     finally:
         onednn.enabled = before
+        for module, method, _ in products:
+            del vars(module)[method]
 
 
 def keep_freed_memory():
@@ -818,6 +844,11 @@ class CLI(nn.Module):
     def dtype(self):
         return self.decoder.norm.weight.dtype
 
+    @property
+    def head_weight(self):
+        """(V, D); a tied head is the embedding matrix itself."""
+        return (self.lm_head or self.decoder.embed_tokens).weight
+
     def see(self, pictures, stream):
         """Prepared pictures -> base visual tokens (T, D), and v_hat: (l, levels) -> V_hat_k (T, D), one after the
         other; 0 where text is."""
@@ -892,8 +923,8 @@ class CLI(nn.Module):
         return self.head(h), gates
 
     def head(self, h):
-        """Hidden states (R, D) -> logits (R, V); a tied head is the embedding matrix itself."""
-        return F.linear(h, (self.lm_head or self.decoder.embed_tokens).weight)
+        """Hidden states (R, D) -> logits (R, V)."""
+        return F.linear(h, self.head_weight)
 
     def cross_entropy(self, h, targets):
         """Sum of -log p(target | everything before it in its sequence), from h (R, D) and targets int64[R]."""
@@ -957,7 +988,9 @@ class CLI(nn.Module):
             if step + 1 == max_new_tokens or all(done):
                 return
             cache.lengths = [n - d for n, d in zip(cache.lengths, done)]  # what is over writes its last place again
-            with kernel_for(len(prompts), self.dtype):
+            if step == 0:  # now, for the first tokens need not wait for it
+                products = decode_products(self, len(prompts))
+            with decode_kernels(len(prompts), self.dtype, products):
                 logits = self.head(self.decoder(self.decoder.embed_tokens(ids), [1] * len(prompts), cache))
 
     # ------------------------------------------------------------------------------------------------ weights

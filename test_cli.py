@@ -1122,29 +1122,53 @@ def test_batch_equals_each_alone():
         assert decode(model, prompts, max_new_tokens=20) == alone and (stops or len(alone[1]) > 5)
 
 
-@pytest.mark.parametrize("batch, dtype, own", [(1, torch.bfloat16, True), (2, torch.bfloat16, True),
-                                               (3, torch.bfloat16, False), (1, torch.float32, False)])
-def test_kernel_of_a_decode_step(batch, dtype, own, monkeypatch):
-    """One or two new tokens in bfloat16 are multiplied by PyTorch's own kernel; the prompt, other batches and float32
-    by oneDNN's, which is on again between the steps and after an error. The logits do not depend on it."""
-    onednn, used, logits = torch.backends.mkldnn, [], []
+@pytest.mark.parametrize("batch, dtype", [(1, torch.bfloat16), (2, torch.bfloat16), (1, torch.float32),
+                                          (3, torch.float32)])
+def test_kernels_of_a_decode_step(batch, dtype, monkeypatch):
+    """One new token in bfloat16 is multiplied by PyTorch's own kernel; batches and float32 by oneDNN's called directly,
+    on a CPU that suits it. Between the steps and after an error all is as before. The logits do not depend on it."""
+    onednn, used, logits, half = torch.backends.mkldnn, [], [], dtype == torch.bfloat16
     monkeypatch.setattr(onednn, "enabled", True)
-    model = tiny(preset("none"), eos_token_ids=()).to(dtype)
-    model.decoder.norm.register_forward_pre_hook(lambda *_: used.append(onednn.enabled))
+    monkeypatch.setattr(cli, "CPU_BFLOAT16", torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    model = tiny(eos_token_ids=()).to(dtype)
+    layers = [m for m in model.decoder.modules() if isinstance(m, torch.nn.Linear)]
+
+    def replaced():
+        return ["forward" in vars(m) for m in layers] + ["head" in vars(model)]
+
+    model.decoder.norm.register_forward_pre_hook(lambda *_: used.append((onednn.enabled, *replaced())))
     choose = cli.choose
     monkeypatch.setattr(cli, "choose", lambda scores, *rest: logits.append(scores) or choose(scores, *rest))
     prompts = [prompt(0, 9, seed=i).tolist() for i in range(batch)]
-    assert [onednn.enabled for _ in model.generate(prompts, None, 2)] == [True] * 2 and used == [True, not own]
-    monkeypatch.setattr(cli, "kernel_for", lambda rows, dtype: contextlib.nullcontext())
+    for _ in model.generate(prompts, None, 2):
+        assert onednn.enabled and not any(replaced())
+    x86 = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    direct = x86 and (cli.CPU_BFLOAT16 and batch > 1 if half else True)
+    assert used == [(True, *[False] * len(replaced())), (not (half and batch == 1), *[direct] * len(replaced()))]
+    monkeypatch.setattr(cli, "decode_products", lambda model, rows: [])
+    monkeypatch.setattr(cli, "decode_kernels", lambda rows, dtype, products: contextlib.nullcontext())
     list(model.generate(prompts, None, 2))
-    assert closeness(logits[1], logits[3]) < (2e-2 if own else 1e-6)
+    assert closeness(logits[1], logits[3]) < (2e-2 if half else 1e-5)
     monkeypatch.undo()
     steps = model.generate(prompts, None, 2)
     next(steps)
     with pytest.raises(RuntimeError), monkeypatch.context() as patch:
         patch.setattr(model.decoder, "forward", lambda *_: torch.zeros(1) @ torch.zeros(2))
         next(steps)
-    assert onednn.enabled
+    assert onednn.enabled and not any(replaced())
+
+
+def test_no_stand_ins_where_they_do_not_fit(monkeypatch):
+    """oneDNN switched off, autocast, float16, a CPU without AVX: PyTorch's choice."""
+    model = tiny(preset("none"))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not cli.decode_products(model, 2)
+    assert not cli.decode_products(tiny(preset("none")).half(), 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.backends.mkldnn, "enabled", False)
+        assert not cli.decode_products(model, 2)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    assert not cli.decode_products(model, 2)
 
 
 def test_rows_of_the_mlp_in_pieces(monkeypatch):
@@ -5263,7 +5287,7 @@ def test_plain_forms_compute_the_same(undone, base, monkeypatch):
     monkeypatch.setattr(cli, "MAX_ROWS", 4)  # of a prompt that is not much longer
     places = [(cli, "load_file"), (cli, "count_crops"), (cli, "fold"), (cli, "read"), (cli.AGF, "forward"),
               (cli, "CPU_BFLOAT16"), (cli.AMP, "forward"), (CLI, "see"), (CLI, "forward"), (cli.KVCache, "attend"),
-              (cli, "kernel_for"), (cli, "MAX_ROWS"), (cli, "keep_freed_memory")]
+              (cli, "decode_kernels"), (cli, "decode_products"), (cli, "MAX_ROWS"), (cli, "keep_freed_memory")]
     for place in places:
         monkeypatch.setattr(*place, getattr(*place))  # to be put back afterwards
 

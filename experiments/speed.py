@@ -49,6 +49,7 @@ from statistics import median
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 HERE = Path(__file__).resolve().parent.parent
@@ -142,6 +143,16 @@ def clocked(model, prompts, images, steps, device, cache=None):
     return times, ids
 
 
+def decode_rate(model, lengths, steps):
+    """Tokens/s of a batch with so many random keys and values cached of each sequence."""
+    cache = KVCache(model.config.decoder, len(lengths), max(lengths) + steps + 1, model.device, model.dtype)
+    for x in (cache.k, cache.v):
+        x[..., : max(lengths), :] = random_keys(x.shape[2], max(lengths), x.shape[4])
+    cache.lengths = list(lengths)
+    times, _ = clocked(model, [[TEXT[0]]] * len(lengths), None, steps, model.device, cache)
+    return rate(times, len(lengths))
+
+
 def work(model, lengths=(), tokens=0, crops=0):
     """-> bytes that a decode step at these cached lengths reads, operations of prefill and of vision encoding"""
     def size(module):  # of its matrices
@@ -173,6 +184,17 @@ def fusion_work(model, tokens, crops):
     return 2 * patches * (mlps + a) + 2 * tokens * b + pairs * read, held
 
 
+class Head:
+    """A matrix for decode_products: a model that is nothing but its head."""
+
+    def __init__(self, weight):
+        self.head_weight, self.device, self.dtype = weight, weight.device, weight.dtype
+        self.decoder = torch.nn.Module()
+
+    def head(self, h):
+        return F.linear(h, self.head_weight)
+
+
 def measure_limits(args, device, dtype):
     model = load_ours(args, device, dtype)
     read, D, result = work(model)[0], model.config.decoder.hidden_size, {}
@@ -189,10 +211,11 @@ def measure_limits(args, device, dtype):
     x, (to, of, *_) = torch.randn(1, D, device=device, dtype=dtype), a.split(len(a) // 2)
     n = 8192 if device.type == "cuda" else 2048
     square = torch.randn(n, n, device=device, dtype=dtype)
-    matvec = []
-    for rows in (1, 3):  # PyTorch's own kernel, and on a CPU oneDNN's
-        with cli.kernel_for(rows, dtype):
-            matvec.append(a.nbytes / timed(lambda: torch.nn.functional.linear(x, a), device, 5))
+    matvec, head = [], Head(a)
+    for rows in (1, 2):  # every kernel that decoding takes
+        for products in ((), cli.decode_products(head, rows)):
+            with cli.decode_kernels(rows, dtype, products), torch.inference_mode():
+                matvec.append(a.nbytes / timed(lambda: head.head(x), device, 5))
     return {**result, "copy": 2 * of.nbytes / timed(lambda: to.copy_(of), device, 5), "matvec": max(matvec),
             "matmat": 2 * n**3 / timed(lambda: square @ square, device, 5)}
 
@@ -215,20 +238,10 @@ def measure_ours(args, device, dtype, fusion):
     result = {"load": now(device) - start, "parameters": sum(p.numel() for p in model.parameters()) / 1e6}
     prompt = [*TEXT[:15], IMAGE_TOKEN, *TEXT[15:]]
 
-    def generate(prompts, images=None, cache=None):
-        return clocked(model, prompts, images, args.steps, device, cache)
-
-    def on_filled_cache(lengths):
-        cache = KVCache(model.config.decoder, len(lengths), max(lengths) + args.steps + 1, device, dtype)
-        for x in (cache.k, cache.v):
-            x[..., : max(lengths), :] = random_keys(x.shape[2], max(lengths), x.shape[4])
-        cache.lengths = list(lengths)
-        return rate(generate([[TEXT[0]]] * len(lengths), cache=cache)[0], len(lengths))
-
     small, wide = picture(SMALL)[0], picture(WIDE)[0]
     if fusion != "none":
         result["added"], result["held"] = fusion_work(model, picture(SMALL)[1] + len(TEXT), len(small.crops))
-    runs = [generate([prompt], [[small]]) for _ in range(3)]
+    runs = [clocked(model, [prompt], [[small]], args.steps, device) for _ in range(3)]
     result |= {"cold": result["load"] + runs[0][0][0], **peak_memory(device), "first": runs[0][1][0],
                "prefill": median(times[0] for times, _ in runs[1:]),
                "decode": median(rate(times) for times, _ in runs[1:])}
@@ -243,7 +256,7 @@ def measure_ours(args, device, dtype, fusion):
             result["prefill_large"] = timed(lambda: generate_one(model, prompt, large), device)
             result |= compare_attention(model, tokens, large, device)
     for figure, lengths in list(lengths_of(args.steps).items())[1:]:
-        result[figure] = on_filled_cache(lengths)
+        result[figure] = decode_rate(model, lengths, args.steps)
         gc.collect()
     return result
 

@@ -6,9 +6,10 @@
 Starts from the plain form of all of them, as written out below, and then takes one more at a time, so that the last
 line of the table is cli.py itself; in another order they would share the gain out otherwise. One sequence: a picture of
 384 x 384 pixels (1,485 visual tokens, prepared beforehand) and 30 tokens of text, random weights, a fresh `cli` fusion,
-greedy decoding. Every line is measured in a process of its own, in several rounds, each of which begins with another
-line; the table has the median of the rounds, the lowest and the highest. First token: the median of two, after one that
-is not counted. Decode: at about 1,500 cached tokens. Peak memory covers loading and all of this.
+greedy decoding; beside it a batch of 8 on caches of up to 1,500 random keys and values, as in speed.py. Every line is
+measured in a process of its own, in several rounds, each of which begins with another line; the table has the median of
+the rounds, the lowest and the highest. First token: the median of two, after one that is not counted. Decode: at about
+1,500 cached tokens. Peak memory covers loading and all of this.
 
 Writes speedups-SIZE-DEVICE-DTYPE.jsonl in out/speed, with --readme in experiments/results: the machine, then a line a
 process as it ends. A run that was stopped starts anew.
@@ -30,7 +31,8 @@ from cli import CLI, IMAGE_TOKEN, KVCache  # noqa: E402
 from experiments import speed  # noqa: E402
 from train import markdown, put_between_marks  # noqa: E402
 
-FIGURES = {"load": "load, s", "prefill": "first token, s", "decode": "decode, tokens/s", "peak": "peak memory, GiB"}
+FIGURES = {"load": "load, s", "prefill": "first token, s", "decode": "decode, tokens/s",
+           "batch_8": "batch of 8, tokens/s", "peak": "peak memory, GiB"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -120,19 +122,26 @@ def repeat_keys():
     attend = KVCache.attend
 
     def attend_repeated(self, layer, positions, q, k, v, seqlens):
-        if len(q) > 1:
+        if max(seqlens) > 1:
             return attend(self, layer, positions, q, k, v, seqlens)
+        longest = max(self.lengths) + 1
         for whole, new in ((self.k, k), (self.v, v)):
-            whole[layer, 0, :, self.lengths[0]] = new[0]
-        keys, values = (x[layer, :, :, : self.lengths[0] + 1].repeat_interleave(q.shape[1] // k.shape[1], 1)
+            whole[layer, torch.arange(len(q)), :, positions] = new
+        keys, values = (x[layer, :, :, :longest].repeat_interleave(q.shape[1] // k.shape[1], 1)
                         for x in (self.k, self.v))
-        return F.scaled_dot_product_attention(q[:, :, None], keys, values)[:, :, 0]
+        mask = torch.arange(longest) <= positions[:, None, None, None] if len(q) > 1 else None
+        return F.scaled_dot_product_attention(q[:, :, None], keys, values, mask)[:, :, 0]
 
     KVCache.attend = attend_repeated
 
 
 def use_onednn():
-    cli.kernel_for = lambda rows, dtype: contextlib.nullcontext()
+    cli.decode_kernels = lambda rows, dtype, products: contextlib.nullcontext()
+
+
+def lay_out_every_time():
+    """Weights as they are stored, given to what PyTorch chooses."""
+    cli.decode_products = lambda model, rows: []
 
 
 def multiply_all_rows():
@@ -154,7 +163,9 @@ MEASURES = (  # in the order in which they are taken
     ("the levels freed with the last injection", keep_levels),  # wraps CLI.see: behind what replaces it
     ("attention between patches in blocks of 128 queries (CPU, bfloat16)", attend_to_patches_fused),
     ("decoding: a key/value head's queries as one block, no key copied", repeat_keys),
-    ("decoding one or two sequences: PyTorch's own matrix-vector kernel, not oneDNN's (CPU, bfloat16)", use_onednn),
+    ("decoding one sequence: PyTorch's own matrix-vector kernel, not oneDNN's (CPU, bfloat16)", use_onednn),
+    ("decoding a batch: weights laid out for oneDNN once, not for every product (CPU, bfloat16; in float32 oneDNN, "
+     "not MKL)", lay_out_every_time),  # behind use_onednn, which undoes this too
     ("the decoder's MLP 512 rows at a time (CPU)", multiply_all_rows),
     ("freed memory kept for the next layer (CPU, glibc)", return_freed_memory),
 )
@@ -174,9 +185,10 @@ def measure(args, device, dtype):
     image, prompt, runs = speed.picture(speed.SMALL)[0], [*speed.TEXT[:15], IMAGE_TOKEN, *speed.TEXT[15:]], []
     for _ in range(3):
         runs.append(speed.clocked(model, [prompt], [[image]], args.steps, device))
+    peak = cli.peak_memory(device)
     return {"load": load, "prefill": median(times[0] for times, _ in runs[1:]),
-            "decode": median(speed.rate(times) for times, _ in runs[1:]), "peak": cli.peak_memory(device),
-            "first": runs[0][1][0]}
+            "decode": median(speed.rate(times) for times, _ in runs[1:]), "peak": peak, "first": runs[0][1][0],
+            "batch_8": speed.decode_rate(model, speed.lengths_of(args.steps)["batch_8"], args.steps)}
 
 
 def run(args, device, dtype):
