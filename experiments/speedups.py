@@ -107,12 +107,13 @@ def keep_levels():
 
 
 def score_all_positions():
-    """Logits of the whole prompt, of which one is wanted."""
+    """Logits of the whole prompt, of which one is wanted (a batch is only measured from its second token on)."""
     forward = CLI.forward
 
-    def forward_all(self, *args, select=None, **kwargs):
-        logits, gates = forward(self, *args, **kwargs)
-        return logits[-1:] if select == "last" else logits, gates
+    def forward_all(self, tokens, pictures=(), seqlens=None, select=None, **kwargs):
+        one = seqlens is None or len(seqlens) == 1
+        logits, gates = forward(self, tokens, pictures, seqlens, select=None if one else select, **kwargs)
+        return logits[-1:] if one and select == "last" else logits, gates
 
     CLI.forward = forward_all
 
