@@ -444,11 +444,12 @@ class KVCache:
         Writes k and v, but leaves `lengths` alone."""
         keys, values = self.k[layer], self.v[layer]  # (B, K, length, hd)
         if max(seqlens) == 1:  # one new token each: all sequences at once
-            rows = torch.arange(len(seqlens), device=q.device)
-            keys[rows, :, positions], values[rows, :, positions] = k, v
-            longest = max(self.lengths) + 1
-            mask = None
-            if min(self.lengths) + 1 < longest:
+            shortest, longest, mask = min(self.lengths) + 1, max(self.lengths) + 1, None
+            if shortest == longest:
+                keys[:, :, longest - 1], values[:, :, longest - 1] = k, v
+            else:
+                rows = torch.arange(len(seqlens), device=q.device)
+                keys[rows, :, positions], values[rows, :, positions] = k, v
                 mask = torch.arange(longest, device=q.device) <= positions[:, None, None, None]  # (B, 1, 1, longest)
             # The H/K queries of a key/value head stand side by side as if they were positions: no key is copied.
             grouped = q.view(len(seqlens), k.shape[1], -1, q.shape[-1])  # (B, K, H/K, hd)
@@ -768,14 +769,15 @@ class DecoderLayer(nn.Module):
     def forward(self, h, rope, seqlens, attend, wanted=...):
         """rope: cos and sin of rotary(); attend: attend() or this layer's KVCache.attend; wanted: int64[R], or all."""
         f, x = self.self_attn, self.input_layernorm(h)
-        q, k, v = (p(x).unflatten(-1, (-1, self.hd)) for p in (f.q_proj, f.k_proj, f.v_proj))  # (T, H|K, hd)
+        q, k, v = (p(x).view(len(x), -1, self.hd) for p in (f.q_proj, f.k_proj, f.v_proj))  # (T, H|K, hd)
         h = h[wanted] + f.o_proj(attend(rotate(q, *rope), rotate(k, *rope), v, seqlens).flatten(1)[wanted])
-        whole = h.device.type != "cpu" or torch.is_grad_enabled()
-        out, f = [], self.mlp
-        for x in h.split(len(h) if whole else MAX_ROWS):
-            y = self.post_attention_layernorm(x)
-            out.append(x + f.down_proj(F.silu(f.gate_proj(y)) * f.up_proj(y)))
-        return torch.cat(out)
+        if h.device.type != "cpu" or torch.is_grad_enabled() or len(h) <= MAX_ROWS:
+            return self.feed_forward(h)
+        return torch.cat([self.feed_forward(x) for x in h.split(MAX_ROWS)])
+
+    def feed_forward(self, h):
+        f, x = self.mlp, self.post_attention_layernorm(h)
+        return h + f.down_proj(F.silu(f.gate_proj(x)) * f.up_proj(x))
 
 
 class Decoder(nn.Module):
