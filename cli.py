@@ -445,7 +445,7 @@ class KVCache:
         keys, values = self.k[layer], self.v[layer]  # (B, K, length, hd)
         if max(seqlens) == 1:  # one new token each: all sequences at once
             shortest, longest, mask = min(self.lengths) + 1, max(self.lengths) + 1, None
-            if shortest == longest:
+            if shortest == longest:  # a slice takes less than the index below
                 keys[:, :, longest - 1], values[:, :, longest - 1] = k, v
             else:
                 rows = torch.arange(len(seqlens), device=q.device)
