@@ -72,7 +72,7 @@ IGNORE = -100  # label of a position that is not supervised
 FORMAT = "cross-layer-injection"  # what a config.json of ours says it is
 NEARLY_SHUT = -4.0  # a fresh gate's bias on a trained one-to-one base, which is to start near what it was: W = 0.018
 MAX_PIXELS = 128_000_000  # a larger picture is refused before it is decoded (decompression bombs)
-MAX_PATCHES = 6000  # encoded at once where no gradient is wanted: those of 8 of LLaVA-OneVision's crops
+MAX_PATCHES = 6000  # encoded at once where no gradient is wanted, to keep the activations small: 8 crops of SigLIP's
 MAX_ROWS = 512  # that a CPU takes through a decoder layer's MLP at once, there too: what is wide stays in its cache
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of Pillow's limit, which is lower
 CPU_BFLOAT16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
@@ -323,18 +323,18 @@ def rotate(x, cos, sin):
 def attention(q, k, v, causal=False):
     """softmax(q k^T / sqrt(hd)) v: q (B, H, T, hd), k and v (B, K, T, hd) -> (B, H, T, hd)."""
     T = q.shape[2]
-    blocks_pay = T <= 1024 if torch.is_grad_enabled() else q.dtype == torch.bfloat16 and not causal
-    if q.device.type != "cpu" or not blocks_pay or q.dtype == torch.bfloat16 and not CPU_BFLOAT16:
+    blocks_pay = q.dtype == torch.bfloat16 and CPU_BFLOAT16 and (T <= 1024 if torch.is_grad_enabled() else not causal)
+    if q.device.type != "cpu" or not blocks_pay:
         if q.shape[1] != k.shape[1]:  # without flash, CUDA's only kernel for enable_gqa makes all T x T scores
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         mask = None
         if causal and q.device.type == "mps":  # whose is_causal can let float16 see what follows: PyTorch issue 195910
             causal, mask = False, torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
-    # On a CPU spelled out, 128 queries at a time, whose scores stay in the processor's cache: where that was measured,
-    # the fused kernel's forward pass in bfloat16 took twice as long, its backward pass in float32 up to seven times.
-    # A decoder's prompt goes to the fused kernel all the same, which keeps bfloat16's scores in float32: Qwen2's keys
-    # have biases too large for less (Qwen2-7B's perplexity is 8.00 then instead of 7.13: transformers PR 33317).
+    # In bfloat16 a CPU has it spelled out, 128 queries at a time, whose scores stay in its cache: where that was
+    # measured, the fused kernel took 1.3 times as long for pictures, 1.6 to 8 times in training. A decoder's prompt
+    # goes to the fused kernel all the same, which keeps the scores in float32: Qwen2's keys have biases too large for
+    # less (Qwen2-7B's perplexity is 8.00 then instead of 7.13: transformers PR 33317).
     q, k, v, blocks = q / math.sqrt(q.shape[-1]), k.contiguous(), v.contiguous(), []
     q = q.unflatten(1, (k.shape[1], -1))  # (B, K, H/K, T, hd)
     for start, rows in zip(range(0, T, 128), q.split(128, 3)):
@@ -351,26 +351,24 @@ def put(numbers, device, dtype=torch.long):
     return torch.tensor(numbers, dtype=dtype).to(device, non_blocking=device.type == "cuda")
 
 
-def few_rows(weight, bias, rows):
-    """x -> x W^T + b for that many rows x on a CPU, by oneDNN: in float32, which PyTorch gives to MKL, from the weights
-    as they are; in bfloat16 from a copy laid out once, as PyTorch has it laid out anew for every product."""
-    onednn = torch.ops.mkldnn  # what torch.compile calls; there is no public name
-    if weight.dtype == torch.bfloat16:
-        weight = onednn._reorder_linear_weight(weight, rows)
-    return lambda x: onednn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
 def decode_products(model, rows):
-    """[(module, its method, what takes its place)], where few_rows multiplies `rows` sequences' new tokens faster than
-    PyTorch's choice: the decoder's linear layers and the head. In bfloat16 a second copy of their weights."""
+    """[(module, its method, what takes its place)]: the decoder's linear layers and the head, where oneDNN, called
+    directly, multiplies `rows` sequences' new tokens faster than PyTorch's choice. In float32, which PyTorch gives to
+    MKL, from the weights as they are; in bfloat16 from a copy laid out once, not anew for every product."""
     x86 = model.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-    onednn = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    usable = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
     pays = model.dtype == torch.float32 or model.dtype == torch.bfloat16 and CPU_BFLOAT16 and rows > 1
-    if not (x86 and onednn and pays) or torch.is_autocast_enabled("cpu"):
+    if not (x86 and usable and pays) or torch.is_autocast_enabled("cpu"):
         return []
+    onednn = torch.ops.mkldnn  # what torch.compile calls; there is no public name
+
+    def product(weight, bias=None):
+        if weight.dtype == torch.bfloat16:
+            weight = onednn._reorder_linear_weight(weight, rows)
+        return lambda x: onednn._linear_pointwise(x, weight, bias, "none", [], "")
+
     layers = [m for m in model.decoder.modules() if isinstance(m, nn.Linear)]
-    return [(model, "head", few_rows(model.head_weight, None, rows)),
-            *((m, "forward", few_rows(m.weight, m.bias, rows)) for m in layers)]
+    return [(model, "head", product(model.head_weight)), *((m, "forward", product(m.weight, m.bias)) for m in layers)]
 
 
 @contextlib.contextmanager
@@ -546,9 +544,8 @@ def make_projector(Dv, D):
 
 @dataclass
 class Picture:
-    """A prepared picture: crops float32[n, 3, S, S] (the whole picture first, then tiles row by row; of a square
-    picture with one tile, which is the whole again, one alone), the original size (W, H) in pixels, and the grid of
-    tiles (gw, gh); grid None means one crop and no tiles."""
+    """A prepared picture: crops float32[n, 3, S, S] (the whole picture first, then tiles row by row; n: count_crops),
+    the original size (W, H) in pixels, and the grid of tiles (gw, gh); grid None means one crop and no tiles."""
 
     crops: torch.Tensor
     size: tuple
@@ -791,29 +788,28 @@ class Decoder(nn.Module):
         self.norm = nn.RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.checkpointing = False
 
-    def forward(self, h, seqlens, cache=None, inject=(), inject_at="input", wanted=...):
+    def forward(self, h, seqlens, cache=None, inject=(), wanted=...):
         """h (T, D): embeddings of the stream -> (R, D) after the final norm.
 
-        inject: {l: function h -> h}, applied at the input (or output) of decoder layer l; each is dropped once called,
-        the last one with the vision levels that they hold. wanted: int64[R], positions whose output is read (default:
-        all); behind its attention the last layer computes only these, unless an injection follows it.
+        inject: {l: function h -> h}, applied before decoder layer l, or behind the last one; each is dropped once
+        called, the last one with the vision levels that they hold. wanted: int64[R], positions whose output is read
+        (default: all); behind its attention the last layer computes only these, unless an injection follows it.
         """
         past = cache.lengths if cache else [0] * len(seqlens)
         positions = torch.cat([torch.arange(p, p + n, device=h.device) for p, n in zip(past, seqlens)])
         rope = rotary(positions, self.cfg.head_dim, self.cfg.rope_theta, h.dtype)
-        last = len(self.layers) - 1
-        reads_all = inject_at == "output" and last in inject  # the gates of an injection behind the last layer
+        depth = len(self.layers)
         for l, layer in enumerate(self.layers):
-            if l in inject and inject_at == "input":
+            if l in inject:
                 h = maybe_checkpoint(self.checkpointing, inject.pop(l), h)
             h = maybe_checkpoint(self.checkpointing, layer, h, rope, seqlens,
                                  functools.partial(cache.attend, l, positions) if cache else attend,
-                                 wanted if l == last and not reads_all else ...)
-            if l in inject and inject_at == "output":
-                h = maybe_checkpoint(self.checkpointing, inject.pop(l), h)
+                                 wanted if l + 1 == depth and not inject else ...)
+        if inject:  # behind the last layer, its gates read all positions
+            h = maybe_checkpoint(self.checkpointing, inject.pop(depth), h)[wanted]
         if cache:
             cache.lengths = [p + n for p, n in zip(past, seqlens)]
-        return self.norm(h[wanted] if reads_all else h)
+        return self.norm(h)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -852,12 +848,11 @@ class CLI(nn.Module):
         return (self.lm_head or self.decoder.embed_tokens).weight
 
     def see(self, pictures, stream):
-        """Prepared pictures -> base visual tokens (T, D), and v_hat: (l, levels) -> V_hat_k (T, D), one after the
-        other; 0 where text is."""
+        """Prepared pictures -> base visual tokens (T, D), 0 where text is, and what AMP makes V_hat_k from: taps
+        {k: V_k (n, P, Dv)} and projected {k: pack(MLP(V_k)) (T, D)}, once per level however many layers take it."""
         pixels = torch.cat([p.crops for p in pictures]).to(self.device, self.dtype)
         final, fusion = self.config.vision.num_hidden_layers, self.config.fusion
         levels = {final, *fusion.levels}
-        # Without gradients a few crops at a time keep the activations small; the levels asked for are all that stays.
         few = len(pixels) if torch.is_grad_enabled() else max(1, MAX_PATCHES // self.config.vision.side**2)
         parts = [self.vision(x, levels) for x in pixels.split(few)]
         taps = {k: torch.cat([part.pop(k) for part in parts]) for k in levels}
@@ -866,22 +861,21 @@ class CLI(nn.Module):
             taps = {k: x * (rms[final] / rms[k]).to(x.dtype) for k, x in taps.items()}
         base = stream.pack(self.projector(taps[final]), self.image_newline)
         full = fusion.projector == "full"
-        projected = {}  # k: pack(MLP(V_k)), once per level however many layers take it
+        projected = {}
         for k in fusion.levels:
             mlp = self.amp[str(k)] if full else self.projector
             projected[k] = base if k == final and not full else stream.pack(mlp(taps[k]), self.image_newline)
-        return base, functools.partial(self.amp, taps, projected, stream)
+        return base, taps, projected
 
-    def inject(self, l, levels, v_hat, stream, gates, h):
+    def inject(self, l, levels, taps, projected, stream, gates, h):
         """Let the levels of decoder layer l's route into h (T, D), in turn; their weights W go to gates[l]."""
         new, weights = h.float(), []  # summed in float32: bfloat16 would round what small weights let in away
         gate = self.agf[str(l)] if str(l) in self.agf else None
         queries = gate and gate.queries()
-        for v in v_hat(l, levels):
+        W = new.new_ones(len(stream.seqlens), 1)  # of a route without a gate
+        for v in self.amp(taps, projected, stream, l, levels):
             if gate:
                 W = gate(v, new.to(h.dtype) if self.config.fusion.agf_order == "sequential" else h, stream, queries)
-            else:
-                W = new.new_ones(len(stream.seqlens), 1)
             # Eq. 9, new + W v: v is zero at text positions. In float32: the backward pass to W sums over tokens.
             new = torch.addcmul(new, W.repeat_interleave(stream.lens, 0, output_size=len(h)), v)
             weights.append(W.detach().mean(-1))
@@ -914,12 +908,13 @@ class CLI(nn.Module):
         h = self.decoder.embed_tokens(stream.ids.masked_fill(stream.visual, 0))
         gates, inject = {}, {}
         if pictures:
-            base, v_hat = self.see(pictures, stream)
+            base, taps, projected = self.see(pictures, stream)
             h = torch.where(stream.visual[:, None], base.to(h.dtype), h)
-            inject = {l: functools.partial(self.inject, l, ks, v_hat, stream, gates)
+            behind = self.config.fusion.inject_at == "output"  # of layer l: before the next one
+            inject = {l + behind: functools.partial(self.inject, l, ks, taps, projected, stream, gates)
                       for l, ks in self.config.fusion.routes}
-            del base, v_hat  # inject alone holds the levels: the last injection frees them
-        h = self.decoder(h, stream.seqlens, cache, inject, self.config.fusion.inject_at, wanted)
+            del base, taps, projected  # inject alone holds the levels: the last injection frees them
+        h = self.decoder(h, stream.seqlens, cache, inject, wanted)
         if labels is not None:
             return self.cross_entropy(h, targets), len(targets), gates
         return self.head(h), gates
@@ -930,14 +925,11 @@ class CLI(nn.Module):
 
     def cross_entropy(self, h, targets):
         """Sum of -log p(target | everything before it in its sequence), from h (R, D) and targets int64[R]."""
-        loss = h.new_zeros((), dtype=torch.float32)
-
         def piece(h, targets):
             return F.cross_entropy(self.head(h).float(), targets, reduction="sum")
 
-        for x, y in zip(h.split(1024), targets.split(1024)):  # their logits, of 152k words, are the memory peak
-            loss = loss + maybe_checkpoint(len(targets) > 1024, piece, x, y)
-        return loss
+        pieces = zip(h.split(1024), targets.split(1024))  # the logits of all, of 152k words, would be the memory peak
+        return sum(maybe_checkpoint(len(targets) > 1024, piece, x, y) for x, y in pieces)
 
     @torch.inference_mode()
     def logits(self, tokens, images=()):
@@ -1375,14 +1367,12 @@ def fetch(source):
 def read_json(path, default=None, kind=dict):
     """What a JSON file holds: an object, or what `kind` says; `default`, if given, where there is no file."""
     try:
+        if default is not None and not Path(path).exists():
+            return default
         value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         if not isinstance(value, kind):
             raise ValueError(f"expected a JSON {'list' if kind is list else 'object'}, got a {type(value).__name__}")
         return value
-    except FileNotFoundError:
-        if default is not None:
-            return default
-        raise InputError(f"{path}: no such file") from None
     except (OSError, ValueError, RecursionError) as e:
         raise InputError(f"{path}: {first_line(e)}") from e
 
@@ -1508,9 +1498,8 @@ def normalise(image, cfg):
 
 
 def prepare_image(image, config, several=False):
-    """What load_image takes -> Picture: the whole picture squeezed into one crop, then the tiles of a black canvas,
-    unless the only one is the same again; without tiles one crop, padded to a square with the mean colour. several: the
-    prompt has others."""
+    """What load_image takes -> Picture: the whole picture squeezed into one crop, then the tiles of a black canvas;
+    without tiles one crop, padded to a square with the mean colour. several: the prompt has others."""
     if not config.vision:
         raise InputError("this model has no vision encoder: it takes text only")
     cfg, S = config.vision, config.vision.image_size

@@ -54,17 +54,16 @@ def attend_to_patches_fused():
 
 
 def project_every_route():
-    """eq. 4-5 for every pair of decoder layer and level anew, the MLP too."""
+    """MLP(V_k) of eq. 4-5 for every pair of decoder layer and level anew."""
     def see(self, pictures, stream):
-        fusion, final = self.config.fusion, self.config.vision.num_hidden_layers
-        taps = self.vision(torch.cat([p.crops for p in pictures]).to(self.device, self.dtype), {final, *fusion.levels})
+        final, pixels = self.config.vision.num_hidden_layers, torch.cat([p.crops for p in pictures])
+        taps = self.vision(pixels.to(self.device, self.dtype), {final, *self.config.fusion.levels})
 
-        def v_hat(l, levels):
-            for adapter, k in zip(self.amp[str(l)], levels):
-                low_rank = adapter.B(adapter.A(taps[k]) * (fusion.lora_alpha / fusion.lora_rank))
-                yield stream.pack(self.projector(taps[k]) + low_rank, self.image_newline)
+        class Anew(dict):
+            def __missing__(_, k):
+                return stream.pack(self.projector(taps[k]), self.image_newline)
 
-        return stream.pack(self.projector(taps[final]), self.image_newline), v_hat
+        return stream.pack(self.projector(taps[final]), self.image_newline), taps, Anew()
 
     CLI.see = see
 
